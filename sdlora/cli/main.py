@@ -1,0 +1,82 @@
+"""The `sdlora` command. Each subcommand lives in a file of its own and is imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+from sdlora import __version__
+from sdlora.errors import SdloraError
+
+COMMANDS = {
+    "train": "Learn a style from a folder of pictures.",
+    "sample": "Draw pictures with one or several LoRAs.",
+    "demo": "Train on the pictures that come with sdlora and draw a before/after grid.",
+    "inspect": "Show what a LoRA file holds and what other programs will make of it.",
+    "defaults": "Print every setting with its default, as a TOML file to start from.",
+    "doctor": "Show versions and devices, and try out what this machine can do.",
+}
+
+
+class _Commands(click.Group):
+    """Lists the commands without importing torch, so that `--help` answers at once."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        return importlib.import_module(f"sdlora.cli.{cmd_name}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli() -> None:
+    r"""Teach Stable Diffusion a style: a folder of pictures becomes a LoRA file that every program loads.
+
+    \b
+    sdlora demo                                        try it, without a GPU or a download
+    sdlora train --images ./style_dir --rank 16        learn a style
+    sdlora sample --lora style.safetensors "a castle"  draw with it
+
+    --debug behind any command shows the whole traceback of an error.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line; exits with 0, with 2 for an error the user can fix, with 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    if debug:
+        arguments.remove("--debug")
+    _quiet_libraries()
+    try:
+        cli.main(arguments, prog_name="sdlora", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except SdloraError as error:
+        if debug:
+            raise
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+
+
+def _quiet_libraries() -> None:
+    """Keeps progress bars and advice of the libraries off the terminal; their errors still come through."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

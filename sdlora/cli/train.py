@@ -1,0 +1,85 @@
+"""`sdlora train`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sdlora.cli.options import all_help, given, setting_options
+from sdlora.config import load_config
+
+
+def _show_all(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        click.echo(all_help())
+        ctx.exit()
+
+
+@click.command("train", context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="a TOML file of settings")
+@click.option("--resume", type=click.Path(path_type=Path), help="go on with the run in this folder", metavar="RUN")
+@click.option("--set", "assignments", multiple=True, hidden=True, help="section.key=value")
+@click.option(
+    "--help-all", is_flag=True, is_eager=True, expose_value=False, callback=_show_all, help="list every setting"
+)
+def command(config_file: Path | None, resume: Path | None, assignments: tuple[str, ...], **values: Any) -> None:
+    r"""Learn a style from a folder of pictures.
+
+    \b
+    sdlora train --images ./style_dir --rank 16
+    sdlora train --images ./style_dir --trigger mystyle --epochs 20
+    sdlora train --config style.toml --set optimizer.learning_rate=5e-5
+    sdlora train --resume runs/style_dir-20260131-120000
+
+    Pictures may lie flat, nested, or in kohya's 10_name folders; captions in .txt, .caption or .json files beside
+    them or in metadata.jsonl. --set section.key=value and --help-all reach every setting.
+    """
+    if resume:
+        if config_file:
+            raise click.UsageError("--resume takes the settings of the run; leave --config out")
+        from sdlora.training.folder import reopen
+
+        run, config = reopen(resume, given(values), assignments)
+    else:
+        run, config = None, load_config(config_file, given(values), assignments)
+    from sdlora.training.progress import terminal_reporter
+    from sdlora.training.train import train
+
+    result = train(config, resume=run, reporter=terminal_reporter())
+    click.echo(describe(result))
+    if result.interrupted:
+        sys.exit(130)
+
+
+command.params += setting_options()
+
+
+def describe(result: Any) -> str:
+    """Says what a run left behind and what to do next."""
+    from sdlora.training.progress import duration
+
+    lines = []
+    if not result.finished:
+        lines.append(f"Stopped at step {result.steps} of {result.total_steps}; nothing is lost.")
+        lines.append(f"Go on with: sdlora train --resume {_quote(result.folder)}")
+    if result.loss_start == result.loss_start:  # not NaN
+        loss = f"Loss {result.loss_start:.4f} -> {result.loss_end:.4f} (first and last tenth of the steps)"
+        lines.append(f"{loss} in {duration(result.seconds)}.")
+    certificate = result.certificate
+    lines.append(
+        f"LoRA: {result.lora}  ({certificate.bytes / 1e6:.1f} MB, {certificate.num_keys} keys, read back and checked)"
+    )
+    overview = result.folder / "samples" / "overview.png"
+    if result.finished and overview.exists():
+        lines.append(f"Samples, without and with it: {overview}")
+    if result.finished:
+        lines.append(f'Draw: sdlora sample --lora {_quote(result.lora)} "a castle"')
+    return "\n".join(lines)
+
+
+def _quote(path: Path) -> str:
+    text = str(path)
+    return f'"{text}"' if any(c in text for c in " ()'&;") else text

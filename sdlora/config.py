@@ -1,0 +1,414 @@
+"""Every setting, once: its name, default, range and what raising it does.
+
+The command line flags, the TOML files, `sdlora defaults` and the metadata of a LoRA file are all derived from the
+models in this file. Names are unique across sections, so that `rank` in `[lora]` is also the flag `--rank`.
+
+Nothing derived is ever written back: `alpha = None` means "the rank" and is resolved where it is used, so the
+configuration that a run stores is the one that the user gave.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from sdlora.errors import ConfigError
+
+
+def setting(default: Any, help: str, *, flag: str | None = None, common: bool = False, **limits: Any) -> Any:
+    """Declares a setting.
+
+    Args:
+        default: the value when nothing is given; `None` means "derived", and the help says from what.
+        help: one sentence; what it does, its unit, and what raising it does.
+        flag: the command line flag where it differs from the name.
+        common: whether `train --help` shows it; all others wait behind `--help-all`.
+        **limits: pydantic bounds (`ge`, `gt`, `le`, `lt`).
+    """
+    return Field(default, description=help, json_schema_extra={"flag": flag, "common": common}, **limits)
+
+
+class Section(BaseModel):
+    """A frozen table of settings; unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class BaseSection(Section):
+    """Which Stable Diffusion is trained."""
+
+    model: str = setting(
+        "auto",
+        "the base model: auto, nano, sd15, a diffusers folder or a hub id",
+        flag="--base",
+        common=True,
+    )
+    prediction: Literal["auto", "epsilon", "v_prediction"] = setting(
+        "auto", "what the denoiser predicts; auto reads it from the checkpoint's scheduler"
+    )
+    clip_skip: int = setting(
+        1, "text encoder layer to use, counted from the end; 2 is usual for anime models", ge=1, le=12
+    )
+
+
+class DataSection(Section):
+    """The pictures, their captions and what happens to both."""
+
+    images: Path | None = setting(None, "folder of pictures with captions beside them", common=True)
+    trigger: str = setting("", "word put in front of every caption; typing it later calls the style", common=True)
+    resolution: int | None = setting(
+        None,
+        "side in pixels of a square picture; default: the base's own. Twice the side costs four times the time",
+        ge=64,
+        le=4096,
+    )
+    batch_size: int = setting(
+        4, "pictures per step; more is smoother and needs more memory", common=True, ge=1, le=1024
+    )
+    caption_prefix: str = setting("", "text put in front of every caption, before the trigger word")
+    caption_suffix: str = setting("", "text put behind every caption")
+    caption_dropout: float = setting(
+        0.1,
+        "share of samples trained without a caption; more makes the style appear without being asked for",
+        ge=0,
+        le=1,
+    )
+    shuffle_tags: bool = setting(False, "shuffle the comma-separated parts of a caption at every use")
+    keep_tags: int = setting(0, "how many leading parts of a caption are never shuffled", ge=0, le=100)
+    buckets: bool = setting(True, "keep each picture's aspect ratio; off: crop everything to a square")
+    max_upscale: float = setting(
+        2.0, "largest enlargement of a small picture; beyond it the picture trains at a smaller size", ge=1, le=16
+    )
+    crop: Literal["center", "random"] = setting("center", "where a picture that does not fit its bucket is cut")
+    num_crops: int = setting(4, "how many random crops of each picture are cached (crop = random)", ge=1, le=64)
+    flip: bool = setting(False, "train on mirrored pictures too; not for styles with writing")
+    background: str = setting("white", "colour put behind transparent pictures: a name or #rrggbb")
+    cache_dir: Path | None = setting(None, "where latents and text states are kept; default: the user's cache folder")
+
+
+class LoraSection(Section):
+    """The update that is learned."""
+
+    rank: int = setting(
+        16, "rank of the update; higher learns more, the file grows with it", common=True, ge=1, le=1024
+    )
+    alpha: float | None = setting(
+        None, "the update is scaled by alpha / rank; default: the rank, a scale of 1", gt=0, le=4096
+    )
+    targets: Literal["attention", "attention+ff", "conv"] = setting(
+        "attention+ff",
+        "which layers learn: attention only, also feed-forward and projections, or also the convolutions",
+    )
+    conv_rank: int | None = setting(
+        None, "rank in k x k convolutions (targets = conv); default: the rank", ge=1, le=1024
+    )
+    conv_alpha: float | None = setting(None, "alpha in k x k convolutions; default: conv_rank", gt=0, le=4096)
+    dropout: float = setting(0.0, "share of a layer's inputs hidden from the update while training", ge=0, lt=1)
+    text_encoder: bool = setting(False, "also train the text encoder; faster at first, forgets words sooner")
+
+
+class TrainSection(Section):
+    """The loop."""
+
+    epochs: int | None = setting(None, "passes over the pictures", common=True, ge=1)
+    steps: int | None = setting(
+        None, "optimizer steps; default: derived from the number of pictures", common=True, ge=1
+    )
+    seed: int = setting(42, "same seed, same machine: the same file, byte for byte", ge=0, lt=2**32)
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
+        "auto", "arithmetic of the base; the LoRA itself is always fp32. auto: bf16 where the hardware has it"
+    )
+    accumulation: int = setting(
+        1, "batches summed into one step; acts like a larger batch without its memory", ge=1, le=1024
+    )
+    max_grad_norm: float = setting(1.0, "gradients longer than this are shortened to it; 0 switches it off", ge=0)
+    gradient_checkpointing: bool = setting(False, "recompute activations: much less memory, about 30 % more time")
+    attention: Literal["auto", "sdpa", "xformers"] = setting(
+        "auto", "attention implementation; auto: torch's own (SDPA)"
+    )
+    min_snr_gamma: float = setting(
+        5.0, "caps the loss weight of nearly clean pictures (Hang et al. 2023); 0 switches it off", ge=0
+    )
+    noise_offset: float = setting(
+        0.0, "adds brightness noise of this size per channel; 0.03 to 0.1 helps very dark or bright styles", ge=0, le=1
+    )
+    stop_at: int | None = setting(None, "stop after this many steps as Ctrl-C would; --resume goes on from there", ge=1)
+
+
+class OptimizerSection(Section):
+    """How gradients become updates."""
+
+    optimizer: Literal["adamw"] = setting("adamw", "the optimizer")
+    learning_rate: float | None = setting(
+        None,
+        "step size; default: 1e-4 at SD 1.5's width, more for narrower denoisers. Too high breaks the picture",
+        gt=0,
+        le=10,
+    )
+    text_encoder_learning_rate: float | None = setting(
+        None, "step size of the text encoder's update; default: half the learning rate", gt=0, le=10
+    )
+    weight_decay: float = setting(0.01, "pulls the update towards zero", ge=0, le=1)
+    beta1: float = setting(0.9, "memory of the mean gradient", ge=0, lt=1)
+    beta2: float = setting(0.99, "memory of the gradient's size", ge=0, lt=1)
+    schedule: Literal["cosine", "constant", "linear"] = setting(
+        "cosine", "course of the learning rate after the warm-up"
+    )
+    warmup: float = setting(0.05, "share of all steps in which the learning rate climbs from zero", ge=0, le=1)
+
+
+class SamplesSection(Section):
+    """Pictures drawn while training, with and without the LoRA."""
+
+    sample_prompts: list[str] | Path | None = setting(
+        None, "prompts, or a file of them, one a line; default: two captions and two general subjects"
+    )
+    sample_every: int | None = setting(
+        None, "epochs between samples, 0 for none; default: every epoch, but at most ten times a run", ge=0
+    )
+    sample_steps: int = setting(20, "denoising steps of a sample", ge=1, le=1000)
+    sample_cfg: float = setting(5.0, "how strictly a sample follows its prompt (CFG scale)", ge=1, le=50)
+    sampler: str = setting("DPM++ 2M", "sampler, named as in the WebUI")
+    sample_seed: int = setting(1, "seed of the first sample; the next one takes the next number", ge=0, lt=2**32)
+    negative_prompt: str = setting("", "what samples should not show")
+
+
+class OutputSection(Section):
+    """What is written, and where."""
+
+    output: Path | None = setting(None, "folder of the run; default: runs/<images>-<time>", common=True)
+    name: str | None = setting(None, "name of the LoRA file; default: the image folder's name")
+    save_every: int | None = setting(
+        None, "epochs between saved LoRA files and checkpoints; default: as often as samples are drawn", ge=1
+    )
+    keep_checkpoints: int = setting(2, "how many checkpoints (for --resume) are kept", ge=1)
+    save_dtype: Literal["fp16", "bf16", "fp32"] = setting(
+        "fp16", "number format of the LoRA file; fp16 loads everywhere"
+    )
+
+
+class Config(Section):
+    """A whole run. Immutable; build it with `load_config`."""
+
+    base: BaseSection = BaseSection()
+    data: DataSection = DataSection()
+    lora: LoraSection = LoraSection()
+    train: TrainSection = TrainSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    samples: SamplesSection = SamplesSection()
+    output: OutputSection = OutputSection()
+
+
+class Setting(BaseModel):
+    """One row of the table of all settings.
+
+    Attributes:
+        section: table it stands in, e.g. `lora`.
+        key: its name there, unique over all sections.
+        flag: its command line flag.
+        common: whether `train --help` shows it.
+        field: pydantic's description of it.
+    """
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    section: str
+    key: str
+    flag: str
+    common: bool
+    field: FieldInfo
+
+    @property
+    def path(self) -> str:
+        """`section.key`, as `--set` and error messages spell it."""
+        return f"{self.section}.{self.key}"
+
+
+def all_settings() -> Iterator[Setting]:
+    """Yields every setting in the order of this file."""
+    for section, section_field in Config.model_fields.items():
+        for key, field in _fields(section_field).items():
+            extra: Any = field.json_schema_extra
+            flag = extra["flag"] or "--" + key.replace("_", "-")
+            yield Setting(section=section, key=key, flag=flag, common=extra["common"], field=field)
+
+
+def _fields(section_field: FieldInfo) -> dict[str, FieldInfo]:
+    annotation: Any = section_field.annotation
+    return annotation.model_fields
+
+
+def load_config(
+    file: Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    assignments: tuple[str, ...] = (),
+) -> Config:
+    """Builds the configuration: defaults, then the TOML file, then flags, then `--set`; the later wins.
+
+    Args:
+        file: a TOML file with a table per section, or `None`.
+        flags: values by `section.key`; only what the user gave.
+        assignments: texts `section.key=value`, the value written as in TOML (bare words are taken as text).
+
+    Raises:
+        ConfigError: naming every problem of the file, the flags and the assignments at once.
+    """
+    problems: list[str] = []
+    values = _read_toml(file) if file else {}
+    for path, value in (flags or {}).items():
+        _assign(values, path, value)
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):  # a flag replaces the file's way of saying how long
+        if f"train.{one}" in (flags or {}) and f"train.{other}" not in (flags or {}) and "train" in values:
+            values["train"].pop(other, None)
+    known = {s.path for s in all_settings()}
+    for text in assignments:
+        path, equals, raw = text.partition("=")
+        path = path.strip()
+        if not equals:
+            problems.append(f"--set {text}: write it as section.key=value, e.g. --set lora.rank=8")
+        elif path not in known:
+            problems.append(_unknown(path, known, "--set"))
+        else:
+            _assign(values, path, _toml_value(raw.strip()))
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        problems += [_explain(e, known) for e in error.errors()]
+        raise ConfigError(_report(problems, file)) from error
+    problems += _contradictions(config)
+    if problems:
+        raise ConfigError(_report(problems, file))
+    return config
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file {file}; `sdlora defaults` prints one to start from") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {file}: {error}") from error
+
+
+def _toml_value(raw: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return raw
+
+
+def _assign(values: dict[str, Any], path: str, value: Any) -> None:
+    section, _, key = path.partition(".")
+    table = values.setdefault(section, {})
+    if isinstance(table, dict):  # otherwise pydantic reports the section
+        table[key] = value
+
+
+def _unknown(path: str, known: set[str], where: str) -> str:
+    key = path.rpartition(".")[2]
+    by_key = {k.rpartition(".")[2]: k for k in known}
+    near = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+    near = near or [by_key[k] for k in difflib.get_close_matches(key, by_key, n=1, cutoff=0.6)]
+    hint = f"; did you mean {near[0]}?" if near else "; `sdlora defaults` lists all settings"
+    return f"{where}: unknown setting {path}{hint}" if where else f"unknown setting {path}{hint}"
+
+
+_PHRASES = {
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be above {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be below {lt}",
+    "literal_error": "must be {expected}",
+    "finite_number": "must be a finite number",
+}
+
+
+def _explain(error: Any, known: set[str]) -> str:
+    path = ".".join(str(part) for part in error["loc"][:2])
+    kind = error["type"]
+    if kind == "extra_forbidden":
+        if path in Config.model_fields or "." not in path:
+            near = difflib.get_close_matches(path, [*Config.model_fields, *known], n=1)
+            keys = [s.path for s in all_settings() if s.key == path]
+            hint = f"; did you mean {(keys or near)[0]}?" if keys or near else ""
+            return f"unknown setting {path}{hint}"
+        return _unknown(path, known, "")
+    if kind in _PHRASES:
+        context = {k: f"{v:g}" if isinstance(v, float) else v for k, v in error.get("ctx", {}).items()}
+        phrase = _PHRASES[kind].format(**context)
+    else:
+        phrase = error["msg"].replace("Input should be", "must be")
+    return f"{path} {phrase}, got {_seen(error['input'])}"
+
+
+def _seen(value: Any) -> str:
+    # A flag's value arrives as text; "-1" in quotes would look as if the quotes were the problem.
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return repr(value)
+    return str(value)
+
+
+def _report(problems: list[str], file: Path | None) -> str:
+    where = f" (file: {file})" if file else ""
+    if len(problems) == 1:
+        return problems[0] + where
+    return f"{len(problems)} problems in the configuration{where}:\n" + "\n".join(f"  - {p}" for p in problems)
+
+
+def _contradictions(config: Config) -> list[str]:
+    problems = []
+    if config.train.steps and config.train.epochs:
+        problems.append("train.steps and train.epochs both say how long to train; give one of them")
+    conv = config.lora.conv_rank is not None or config.lora.conv_alpha is not None
+    if conv and config.lora.targets != "conv":
+        problems.append(f'lora.conv_rank and lora.conv_alpha need lora.targets = "conv", got {config.lora.targets!r}')
+    if config.data.keep_tags and not config.data.shuffle_tags:
+        problems.append("data.keep_tags has no effect unless data.shuffle_tags is on")
+    if config.optimizer.text_encoder_learning_rate and not config.lora.text_encoder:
+        problems.append("optimizer.text_encoder_learning_rate has no effect unless lora.text_encoder is on")
+    name = config.output.name
+    if name is not None and (not name.strip() or any(c in name for c in '/\\:*?"<>|{') or name.startswith(".")):
+        problems.append(f"output.name must be a plain file name without an ending, got {name!r}")
+    return problems
+
+
+def to_toml(config: Config, *, comments: bool = False) -> str:
+    """Writes a configuration as TOML that `load_config` reads back to an equal one.
+
+    Args:
+        config: what to write.
+        comments: whether each setting is preceded by its help; derived ones are then shown commented out.
+    """
+    lines: list[str] = []
+    section = None
+    for s in all_settings():
+        if s.section != section:
+            section = s.section
+            lines += ["", f"[{section}]"] if lines else [f"[{section}]"]
+        value = getattr(getattr(config, s.section), s.key)
+        if comments:
+            lines.append(f"# {s.field.description}")
+        if value is not None:
+            lines.append(f"{s.key} = {_toml(value)}")
+        elif comments:
+            lines.append(f"# {s.key} =")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    text = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text) + '"'

@@ -1,0 +1,1 @@
+"""Prompts become pictures: reading prompts, naming samplers as the WebUI does, drawing, contact sheets, PNG texts."""

@@ -1,0 +1,97 @@
+"""What a LoRA file says about where it comes from: its base, the word that calls it, the text encoder layer it learned.
+
+Metadata comes from strangers. It may choose between things that are already on this machine, and nothing else: it
+starts no download, and what is printed of it goes through `printable`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdlora.config import load_config
+from sdlora.errors import ConfigError
+from sdlora.families import Base, hub, resolve_base
+from sdlora.families.loading import ALIASES
+
+if TYPE_CHECKING:
+    from sdlora.files.kohya import LoraFile
+
+
+def named_bases(lora: LoraFile) -> list[tuple[str, str]]:
+    """Returns (where it is written, base) for every base that a LoRA file, or the run around it, names; best first.
+
+    Raises:
+        ConfigError: if the `config.toml` beside the file is damaged.
+    """
+    keys = ("sdlora_base", "ss_sd_model_name")
+    named = [(f"{key} in {printable(lora.path.name)}", lora.metadata.get(key, "")) for key in keys]
+    config = lora.path.parent / "config.toml"
+    if config.is_file():
+        named.append((f"config.toml beside {printable(lora.path.name)}", load_config(config).base.model))
+    return [(where, name) for where, name in named if name not in ("", "None", "auto")]  # None: kohya's "nothing"
+
+
+def trained_base(lora: LoraFile, announce: Callable[[str], None] = print) -> tuple[Base, str]:
+    """Returns the base that a LoRA was trained on, if it is on this machine, and where that is written.
+
+    Args:
+        lora: a LoRA file.
+        announce: passed on to `resolve_base`.
+
+    Raises:
+        ConfigError: if the file names no base, or none that is here; says which to pass as --base.
+    """
+    named = named_bases(lora)
+    for where, name in named:
+        if _is_here(name):
+            return resolve_base(name, announce), where
+    file = printable(lora.path.name)
+    if not named:
+        raise ConfigError(f"{file} does not say which base it was trained on; pass --base, e.g. --base sd15")
+    name = printable(named[0][1])
+    raise ConfigError(
+        f"{file} was trained on {name} ({named[0][0]}), which is not on this machine;\n"
+        "pass --base with an alias, a hub id (it is downloaded then) or a diffusers folder"
+    )
+
+
+def trigger(lora: LoraFile) -> str:
+    """Returns the word that calls a LoRA's style: `modelspec.trigger_phrase`, else "activation text" of NAME.json.
+
+    Raises:
+        ConfigError: if NAME.json cannot be read.
+    """
+    phrase: Any = lora.metadata.get("modelspec.trigger_phrase")
+    sidecar = lora.path.with_suffix(".json")
+    if not phrase and sidecar.is_file():
+        try:
+            content = json.loads(sidecar.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read {sidecar}: {error}; repair it or move it away") from error
+        phrase = content.get("activation text") if isinstance(content, dict) else None
+    return phrase.strip() if isinstance(phrase, str) else ""
+
+
+def trained_clip_skip(lora: LoraFile) -> int:
+    """Returns the text encoder layer, counted from the end, that a LoRA was trained with; 1 where it does not say."""
+    text = lora.metadata.get("ss_clip_skip", "")
+    return int(text) if re.fullmatch(r"[1-9]|1[0-2]", text) else 1
+
+
+def printable(text: str) -> str:
+    """Makes a stranger's text safe for a terminal: no control characters, at most 200 letters."""
+    return "".join(c if c.isprintable() else " " for c in text)[:200]
+
+
+def _is_here(name: str) -> bool:
+    repository = ALIASES.get(name, name)
+    if name == "nano" or (hub.looks_like_id(repository) and hub.cached(repository)):
+        return True
+    try:
+        return (Path(name).expanduser() / "model_index.json").is_file()
+    except (OSError, RuntimeError, ValueError):  # names that are no paths
+        return False

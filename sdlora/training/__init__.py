@@ -1,0 +1,1 @@
+"""The loop, and what keeps it honest: length, learning rate, checkpoints, export, samples."""

@@ -1,0 +1,143 @@
+"""Everything a resumed run needs, in files that are complete or absent. No pickle: tensors and JSON.
+
+A checkpoint is a folder whose `state.json`, written last, lists size and SHA-256 of the other files. Data order, noise
+and learning rate are functions of (seed, step), so the adapters, the optimizer and the step are all there is to keep.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sdlora.adapters import Lora
+from sdlora.atomic import replacing, write_text
+from sdlora.errors import TrainingError
+
+_FILES = ("adapters.safetensors", "optimizer.safetensors")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint.
+
+    Attributes:
+        folder: where it lies.
+        step: optimizer steps done.
+        facts: what else was stored: settings, digest of the data set, loss scale.
+    """
+
+    folder: Path
+    step: int
+    facts: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    adapters: Mapping[str, Mapping[str, Lora]],
+    optimizer: torch.optim.Optimizer,
+    facts: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Writes `folder/step-NNNNNNNN` and removes the oldest beyond `keep`.
+
+    Args:
+        folder: the run's checkpoint folder.
+        step: optimizer steps done.
+        adapters: component -> path -> adapter.
+        optimizer: its tensors are stored by parameter number.
+        facts: JSON values to store beside.
+        keep: how many checkpoints remain, at least 1.
+
+    Raises:
+        TrainingError: if it cannot be written; earlier checkpoints are then untouched.
+    """
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f".{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    for name, tensors in zip(_FILES, (_adapter_tensors(adapters), _optimizer_tensors(optimizer)), strict=True):
+        with replacing(temporary / name) as path:
+            save_file(tensors, path)
+    files = {name: {"size": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)} for name in _FILES}
+    write_text(temporary / "state.json", json.dumps({"step": step, "files": files, **facts}, indent=1))
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def latest_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
+    """Returns the newest checkpoint that is whole, and a line for each newer one that is not.
+
+    Raises:
+        TrainingError: if there is none.
+    """
+    skipped: list[str] = []
+    for candidate in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            state = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
+            for name, expected in state["files"].items():
+                if _sha256(candidate / name) != expected["sha256"]:
+                    raise ValueError(f"{name} is damaged")
+            return Checkpoint(candidate, int(state["step"]), state), skipped
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            skipped.append(f"skipped the damaged checkpoint {candidate}: {error}")
+    problem = "; ".join(skipped) or "it was stopped before the first one was written"
+    raise TrainingError(f"no checkpoint to resume from in {folder} ({problem}); start the run anew in another folder")
+
+
+def restore_checkpoint(
+    checkpoint: Checkpoint, adapters: Mapping[str, Mapping[str, Lora]], optimizer: torch.optim.Optimizer
+) -> None:
+    """Puts a checkpoint's values into live adapters and a live optimizer.
+
+    Raises:
+        TrainingError: if they belong to other layers or have another rank.
+    """
+    saved = load_file(checkpoint.folder / _FILES[0])
+    live = _adapter_tensors(adapters)
+    odd = saved.keys() ^ live.keys() or {k for k in live if live[k].shape != saved[k].shape}
+    if odd:
+        raise TrainingError(f"{checkpoint.folder} does not fit this run: {len(odd)} tensors differ, first: {min(odd)}")
+    with torch.no_grad():
+        for key, tensor in live.items():
+            tensor.copy_(saved[key])
+    state = optimizer.state_dict()
+    by_number: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in load_file(checkpoint.folder / _FILES[1]).items():
+        number, _, name = key.partition(".")
+        by_number.setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict({"state": by_number, "param_groups": state["param_groups"]})
+
+
+def _adapter_tensors(adapters: Mapping[str, Mapping[str, Lora]]) -> dict[str, Tensor]:
+    return {
+        f"{component}.{path}.{name}": parameter.detach()
+        for component, by_path in adapters.items()
+        for path, adapter in by_path.items()
+        for name, parameter in (("down", adapter.down), ("up", adapter.up))
+    }
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{number}.{name}": value
+        for number, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

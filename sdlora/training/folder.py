@@ -1,0 +1,186 @@
+"""The folder of a run: what lies where, how it is claimed, and the log of its steps."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdlora.atomic import write_text
+from sdlora.config import Config, load_config, to_toml
+from sdlora.errors import ConfigError, TrainingError
+
+MAY_CHANGE = {"train.steps", "train.epochs", "train.stop_at", "data.cache_dir"}
+"""Settings that a resumed run may change, besides all of `samples` and `output`."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Places in a run's folder.
+
+    Attributes:
+        root: the folder itself.
+        name: stem of the LoRA files.
+    """
+
+    root: Path
+    name: str
+
+    @property
+    def lora(self) -> Path:
+        """The final LoRA file."""
+        return self.root / f"{self.name}.safetensors"
+
+    def epoch_lora(self, epoch: int) -> Path:
+        """The LoRA file after an epoch, counted from 1 and numbered as kohya numbers them."""
+        return self.root / "epochs" / f"{self.name}-{epoch:06d}.safetensors"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.root / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Folder of the sample pictures."""
+        return self.root / "samples"
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.root / "config.toml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line, one line a step."""
+        return self.root / "metrics.jsonl"
+
+    def log(self, entry: Mapping[str, Any]) -> None:
+        """Appends a line to the metrics; JSON has no NaN, so what is not finite becomes null."""
+        entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drops the lines of steps beyond `step`, which a resumed run does again."""
+        if not self.metrics.exists():
+            return
+        kept = [line for line in self.metrics.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        write_text(self.metrics, "".join(line + "\n" for line in kept))
+
+    def losses(self) -> list[float]:
+        """Returns the loss of every step so far, without those that were not finite."""
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8").splitlines()
+        return [entry["loss"] for entry in map(json.loads, lines) if entry["loss"] is not None]
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # cut off by a crash
+
+
+def run_name(config: Config) -> str:
+    """Returns the stem of the LoRA file: the setting, else the image folder's name."""
+    if config.output.name:
+        return config.output.name
+    assert config.data.images is not None
+    return re.sub(r"[^\w.-]+", "_", config.data.images.resolve().name).strip("._") or "style"
+
+
+def claim(config: Config) -> RunFolder:
+    """Makes the folder of a new run and writes its configuration there.
+
+    Raises:
+        ConfigError: if the folder holds something already.
+        TrainingError: if it cannot be written.
+    """
+    name = run_name(config)
+    root = config.output.output or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if root.exists() and not root.is_dir():
+        raise ConfigError(f"--output {root} is a file; give a folder")
+    if root.is_dir() and any(root.iterdir()):
+        if (root / "config.toml").is_file():
+            raise ConfigError(
+                f"--output {root} holds another run; continue it with `sdlora train --resume {root}`, "
+                "or give another folder"
+            )
+        raise ConfigError(f"--output {root} is not empty; give a new folder, so that nothing in it can be overwritten")
+    run = RunFolder(root, name)
+    _write_config(run, config)
+    return run
+
+
+def reopen(root: Path, flags: Mapping[str, Any], assignments: tuple[str, ...]) -> tuple[RunFolder, Config]:
+    """Opens a run to resume it, with the settings it was started with.
+
+    Args:
+        root: its folder.
+        flags: settings to change, by `section.key`.
+        assignments: the same from `--set`.
+
+    Raises:
+        ConfigError: if there is no run, or a setting is to change that the weights learned so far depend on.
+    """
+    file = root / "config.toml"
+    if not file.is_file():
+        raise ConfigError(
+            f"--resume {root}: no run there (no config.toml); give the folder that `sdlora train` printed"
+        )
+    old = load_config(file)
+    new = load_config(file, flags, assignments)
+    changed = [
+        f"{section}.{key} (was {before!r}, now {after!r})"
+        for section, values in old
+        for key, before in values
+        if (after := getattr(getattr(new, section), key)) != before
+        and section not in ("samples", "output")
+        and f"{section}.{key}" not in MAY_CHANGE
+    ]
+    if changed:
+        raise ConfigError(
+            f"--resume {root}: these settings cannot change within a run: {', '.join(changed)}; start a new one"
+        )
+    if new.output.output not in (None, old.output.output, root):
+        raise ConfigError(f"--resume {root} goes on in that folder; leave --output {new.output.output} out")
+    if not any("stop_at" in given for given in (*flags, *assignments)):
+        new = _with(new, "train", stop_at=None)  # it said where the earlier session stops
+    run = RunFolder(root, run_name(old))
+    _write_config(run, new)
+    return run, new
+
+
+def _write_config(run: RunFolder, config: Config) -> None:
+    # With whole paths, so that the run can be resumed from another working folder.
+    assert config.data.images is not None
+    config = _with(config, "data", images=config.data.images.resolve())
+    if (base := Path(config.base.model).expanduser()).is_dir():
+        config = _with(config, "base", model=str(base.resolve()))
+    write_text(run.config, to_toml(config))
+
+
+def _with(config: Config, section: str, **values: Any) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def require_space(root: Path, needed: int) -> None:
+    """Checks the free disk space before hours of work.
+
+    Raises:
+        TrainingError: if fewer than `needed` bytes are free where `root` lies.
+    """
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise TrainingError(
+            f"{root} has {free / 1e6:.0f} MB free, and this run writes up to {needed / 1e6:.0f} MB; free some, "
+            "raise output.save_every, or give another --output"
+        )

@@ -1,0 +1,247 @@
+"""Everything that a run needs before its first step, built in order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from sdlora.adapters import Lora, Target, find_layers, inject
+from sdlora.config import Config
+from sdlora.data.cache import Cache
+from sdlora.data.dataset import Dataset, bucket_counts, prepare
+from sdlora.data.folder import scan
+from sdlora.diffusion.noise import generator
+from sdlora.errors import ConfigError, TrainingError
+from sdlora.families import Parts, identify, load_parts, resolve_base
+from sdlora.training.checkpoint import Checkpoint, latest_checkpoint, restore_checkpoint, save_checkpoint
+from sdlora.training.export import Exporter
+from sdlora.training.folder import RunFolder, claim, require_space
+from sdlora.training.optimizers import make_optimizer, resolve_learning_rates
+from sdlora.training.plan import Plan, make_plan
+from sdlora.training.precision import choose_attention, choose_device, choose_precision
+from sdlora.training.previews import Previews, sample_prompts
+from sdlora.training.progress import Reporter
+from sdlora.training.texts import Texts
+
+Adapters = dict[str, dict[str, Lora]]
+"""Component -> module path -> adapter."""
+
+
+@dataclass
+class Session:
+    """A run that is ready to go.
+
+    Attributes:
+        config: the settings.
+        run: the run's folder.
+        plan: its length.
+        parts: the base model, adapters in place.
+        dataset: cached latents and the order of batches.
+        texts: captions -> conditioning.
+        adapters: what trains.
+        trainable: its parameters.
+        optimizer: accelerate's wrapper, which knows the loss scale.
+        accelerator: precision and backward.
+        rates: full learning rate of each component.
+        exporter: writes LoRA files.
+        previews: draws samples, or `None`.
+        start: steps done in earlier sessions.
+    """
+
+    config: Config
+    run: RunFolder
+    plan: Plan
+    parts: Parts
+    dataset: Dataset
+    texts: Texts
+    adapters: Adapters
+    trainable: list[nn.Parameter]
+    optimizer: Any
+    accelerator: Accelerator
+    rates: Mapping[str, float]
+    exporter: Exporter
+    previews: Previews | None
+    start: int = 0
+
+    def save(self, step: int) -> None:
+        """Writes a checkpoint."""
+        scaler = self.accelerator.scaler
+        facts = {"dataset": digest(self.dataset), "scaler": scaler.state_dict() if scaler is not None else None}
+        save_checkpoint(
+            self.run.checkpoints,
+            step,
+            self.adapters,
+            self.optimizer.optimizer,
+            facts,
+            keep=self.config.output.keep_checkpoints,
+        )
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Takes the values of a checkpoint.
+
+        Raises:
+            TrainingError: if the pictures or captions are not those of the run.
+        """
+        if checkpoint.facts.get("dataset") != digest(self.dataset):
+            raise TrainingError(
+                f"the pictures or captions in {self.config.data.images} are not those that the run was started with; "
+                "put them back, or start a new run"
+            )
+        restore_checkpoint(checkpoint, self.adapters, self.optimizer.optimizer)
+        if self.accelerator.scaler is not None and checkpoint.facts.get("scaler"):
+            self.accelerator.scaler.load_state_dict(checkpoint.facts["scaler"])
+        self.start = checkpoint.step
+        self.run.forget_after(self.start)
+
+
+def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Session:
+    """Builds a session; what is cheap and can go wrong comes first.
+
+    Args:
+        config: the settings; `data.images` must be given.
+        resume: the folder of a run to go on with.
+        reporter: told what is found and chosen.
+
+    Raises:
+        SdloraError: anything the user can fix.
+    """
+    # Pictures, base and length, before anything heavy is loaded.
+    if config.data.images is None:
+        raise ConfigError("no pictures: give --images FOLDER")
+    cache = Cache(config.data.cache_dir)
+    pictures = scan(config.data.images, config.data.trigger, config.data.background, cache=cache)
+    reporter.say(pictures.summary())
+    base = resolve_base(config.base.model, reporter.say)
+    reporter.say(f"Base: {base.name} ({base.reason})")
+    resolution = config.data.resolution or identify(base.folder).native_resolution(base.folder)
+    counts = bucket_counts(pictures.examples, config.data, resolution)
+    plan = make_plan(config, len(pictures.examples), counts.values())
+    reporter.say(plan.sentence())
+    prompts = sample_prompts(config, pictures.examples, resolution) if plan.sample_every else []
+    checkpoint = _newest(resume, plan, reporter) if resume else None
+    device = choose_device()
+    precision = choose_precision(config.train.precision, device)
+    attention, attention_reason = choose_attention(config.train.attention, device)
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process may have used another
+    accelerator = Accelerator(mixed_precision=precision.word if precision.autocast else "no", cpu=device.type == "cpu")
+    if accelerator.num_processes > 1:
+        raise ConfigError("several processes are not supported yet; start sdlora without a launcher")
+
+    # The base model and what is computed with it once.
+    parts = load_parts(base, prediction=config.base.prediction).to(accelerator.device, precision.dtype)
+    reporter.say(f"Precision: {precision.word} ({precision.reason}). Attention: {attention} ({attention_reason}).")
+    denoiser: Any = parts.denoiser
+    if attention == "xformers":
+        denoiser.enable_xformers_memory_efficient_attention()
+    if config.train.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    run = resume or claim(config)
+    reporter.say(f"Run folder: {run.root}")
+    reporter.begin("caching latents", len(pictures.examples))
+    dataset = prepare(parts, pictures, config.data, config.train.seed, cache, lambda done, total: reporter.advance())
+    reporter.end()
+    texts = Texts(parts, config, cache)
+    for note in (*dataset.notes, *_overlong(texts, dataset)):
+        reporter.warn(note)
+
+    # What trains.
+    adapters = attach_adapters(parts, config)
+    trainable = [p for by_path in adapters.values() for a in by_path.values() for p in (a.down, a.up)]
+    rates = resolve_learning_rates(config, parts)
+    optimizer = make_optimizer({c: by_path.values() for c, by_path in adapters.items()}, rates, config.optimizer)
+    reporter.say(_describe(adapters, rates, config))
+    session = Session(
+        config=config,
+        run=run,
+        plan=plan,
+        parts=parts,
+        dataset=dataset,
+        texts=texts,
+        adapters=adapters,
+        trainable=trainable,
+        optimizer=accelerator.prepare(optimizer),
+        accelerator=accelerator,
+        rates=rates,
+        exporter=Exporter(config, parts, adapters, dataset, plan, rates, precision.word),
+        previews=Previews(parts, adapters, prompts, run.samples, config.base.clip_skip) if prompts else None,
+    )
+    if checkpoint:
+        session.resume(checkpoint)
+        reporter.say(f"Resumed at step {session.start} of {plan.total_steps}")
+    _require_space(session)
+    return session
+
+
+def attach_adapters(parts: Parts, config: Config) -> Adapters:
+    """Puts LoRA into the denoiser and, if asked, the text encoders; everything else is frozen.
+
+    The start values of each layer are a function of (seed, its name), so they do not depend on which other layers are
+    adapted.
+    """
+    lora = config.lora
+    targets: dict[str, tuple[Target, ...]] = {"denoiser": parts.family.targets[lora.targets]}
+    if lora.text_encoder:
+        targets |= dict.fromkeys(parts.text_encoders, parts.family.text_encoder_targets)
+
+    def make(component: str, path: str, layer: nn.Module) -> Lora:
+        wide = isinstance(layer, nn.Conv2d) and tuple(layer.kernel_size) != (1, 1)
+        rank = (lora.conv_rank or lora.rank) if wide else lora.rank
+        alpha = (lora.conv_alpha if lora.conv_rank or lora.conv_alpha else lora.alpha) if wide else lora.alpha
+        return Lora(layer, rank, alpha, lora.dropout, generator(config.train.seed, "init", component, path))
+
+    for module in (parts.vae, *parts.components.values()):
+        module.requires_grad_(False)
+    adapters: Adapters = {}
+    for component, rules in targets.items():
+        model = parts.components[component]
+        layers = find_layers(model, rules)
+        adapters[component] = inject(model, layers, lambda path, layer, c=component: make(c, path, layer))
+    return adapters
+
+
+def digest(dataset: Dataset) -> str:
+    """Returns a hash of the pictures, captions and repeats that a run trains on."""
+    rows = sorted(f"{e.digest} {e.repeats} {e.caption}" for e in dataset.examples)
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+def _newest(run: RunFolder, plan: Plan, reporter: Reporter) -> Checkpoint:
+    checkpoint, skipped = latest_checkpoint(run.checkpoints)
+    for line in skipped:
+        reporter.warn(line)
+    if checkpoint.step >= plan.total_steps:
+        raise ConfigError(
+            f"{run.root} is finished: {checkpoint.step} of {plan.total_steps} steps are done; give more with --steps"
+        )
+    return checkpoint
+
+
+def _overlong(texts: Texts, dataset: Dataset) -> list[str]:
+    names = texts.overlong(dataset.examples)
+    if not names:
+        return []
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [f"captions longer than the text encoder can read, their end has no effect: {', '.join(names[:3])}{more}"]
+
+
+def _describe(adapters: Adapters, rates: Mapping[str, float], config: Config) -> str:
+    count = sum(a.down.numel() + a.up.numel() for by_path in adapters.values() for a in by_path.values())
+    layers = ", ".join(f"{len(by_path)} layers of the {c.replace('_', ' ')}" for c, by_path in adapters.items())
+    alpha = config.lora.alpha or config.lora.rank
+    rate = " and ".join(f"{rate:.2g}" for rate in dict.fromkeys(rates.values()))
+    return f"LoRA: rank {config.lora.rank}, alpha {alpha:g}, in {layers}; {count:,} numbers train, learning rate {rate}"
+
+
+def _require_space(session: Session) -> None:
+    numbers = sum(p.numel() for p in session.trainable)
+    bytes_each = 4 if session.config.output.save_dtype == "fp32" else 2
+    plan = session.plan
+    files = 2 + plan.num_epochs // plan.save_every + (plan.num_epochs // plan.sample_every if plan.sample_every else 0)
+    checkpoints = session.config.output.keep_checkpoints + 1  # the new one is written before the oldest goes
+    require_space(session.run.root, numbers * (bytes_each * files + 12 * checkpoints))

@@ -1,0 +1,71 @@
+"""What a batch's captions become: composed anew at every use, encoded, from the cache where the encoder is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sdlora.config import Config
+from sdlora.data.cache import Cache
+from sdlora.data.captions import compose
+from sdlora.data.folder import Example
+from sdlora.data.text import TextStates
+from sdlora.diffusion.noise import generator
+from sdlora.families import Conditioning, Parts
+
+
+class Texts:
+    """Turns the captions of a batch into conditioning.
+
+    Args:
+        parts: the base. Cached states are those of the bare encoder; one that trains is encoded live.
+        config: how captions are composed and whether the encoder trains.
+        cache: where states are kept.
+    """
+
+    def __init__(self, parts: Parts, config: Config, cache: Cache) -> None:
+        self.parts, self.config = parts, config
+        self.states = TextStates(parts, cache, config.base.clip_skip)
+
+    def __call__(self, examples: Sequence[Example], step: int, positions: Sequence[int]) -> Conditioning:
+        """Encodes the captions of a batch.
+
+        Args:
+            examples: B pictures.
+            step: counted from 0.
+            positions: number of each sample within the step; shuffling and dropout are functions of (seed, step,
+                position).
+        """
+        texts = [self.compose(e, step, position) for e, position in zip(examples, positions, strict=True)]
+        if self.config.lora.text_encoder:
+            return self.parts.family.encode_prompts(self.parts, texts, self.config.base.clip_skip)
+        return self.states(texts)
+
+    def compose(self, example: Example, step: int, position: int) -> str:
+        """Returns the caption of an example as it is used at a step."""
+        data = self.config.data
+        return compose(
+            example.caption,
+            trigger=data.trigger,
+            prefix=data.caption_prefix,
+            suffix=data.caption_suffix,
+            shuffle=data.shuffle_tags,
+            keep=data.keep_tags,
+            dropout=data.caption_dropout,
+            rng=generator(self.config.train.seed, "caption", step, position),
+        )
+
+    def overlong(self, examples: Sequence[Example]) -> list[str]:
+        """Returns the names of pictures whose caption is longer than the text encoder can read."""
+        data = self.config.data
+        whole = {
+            e.path.name: compose(
+                e.caption,
+                trigger=data.trigger,
+                prefix=data.caption_prefix,
+                suffix=data.caption_suffix,
+                rng=generator("length"),
+            )
+            for e in examples
+        }
+        cut = set(self.states.truncated(list(whole.values())))
+        return [name for name, text in whole.items() if text in cut]

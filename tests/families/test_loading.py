@@ -1,0 +1,188 @@
+"""Finding, telling apart and loading base models, and every way in which that fails."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from sdlora.errors import ModelError
+from sdlora.families import Base, identify, load_parts, resolve_base
+from sdlora.families.hub import cached, looks_like_id, wanted_files
+from sdlora.families.loading import NANO
+
+
+@pytest.fixture
+def copy_of(tiny_base, tmp_path):
+    return shutil.copytree(tiny_base, tmp_path / "copy")
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_auto_is_nano_without_gpu_and_cache_and_says_why(monkeypatch, tmp_path):
+    monkeypatch.setattr("sdlora.families.hub.cached", lambda repository: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    base = resolve_base("auto")
+    assert base.name == "nano"
+    assert "no GPU" in base.reason
+
+
+def test_auto_takes_stable_diffusion_from_the_hub_cache(monkeypatch, tiny_base):
+    monkeypatch.setattr("sdlora.families.hub.cached", lambda repository: tiny_base)
+    base = resolve_base("auto")
+    assert (base.name, base.folder) == ("sd15", tiny_base)
+    assert "hub cache" in base.reason
+
+
+def test_auto_downloads_for_a_gpu(monkeypatch, tiny_base):
+    asked = []
+    monkeypatch.setattr("sdlora.families.hub.cached", lambda repository: None)
+    monkeypatch.setattr("sdlora.families.hub.download", lambda repository, say: asked.append(repository) or tiny_base)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU")
+    assert "Test GPU" in resolve_base("auto").reason
+    assert asked == ["stable-diffusion-v1-5/stable-diffusion-v1-5"]
+
+
+def test_a_folder_and_its_parts(tiny_base):
+    base = resolve_base(str(tiny_base))
+    parts = load_parts(base)
+    assert identify(tiny_base).name == "sd1"
+    assert (parts.resolution, parts.vae_factor, parts.schedule.prediction) == (64, 8, "epsilon")
+    assert parts.family.native_resolution(tiny_base) == 64
+    assert not any(p.requires_grad for m in (*parts.components.values(), parts.vae) for p in m.parameters())
+
+
+def test_prediction_type_is_the_checkpoints_and_can_be_overruled(copy_of):
+    edit(copy_of / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    base = Base("x", copy_of, "")
+    assert load_parts(base).schedule.prediction == "v_prediction"
+    parts = load_parts(base, prediction="epsilon")
+    assert parts.schedule.prediction == parts.scheduler_config["prediction_type"] == "epsilon"
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_missing_part_is_named(copy_of, part):
+    shutil.rmtree(copy_of / part)
+    with pytest.raises(ModelError, match=part):
+        load_parts(Base("x", copy_of, ""))
+
+
+def test_damaged_weights_are_named(copy_of):
+    file = copy_of / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="unet"):
+        load_parts(Base("x", copy_of, ""))
+
+
+def test_pickled_weights_are_not_read(copy_of):
+    file = copy_of / "unet" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_name("diffusion_pytorch_model.bin"))
+    with pytest.raises(ModelError, match="pickle"):
+        load_parts(Base("x", copy_of, ""))
+
+
+def test_half_precision_variants_load(copy_of):
+    file = copy_of / "unet" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert load_parts(Base("x", copy_of, "")).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "match"),
+    [
+        ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}, "SD 1.x only"),
+        ("unet/config.json", {"use_linear_projection": True}, r"Stable Diffusion 2\.x"),
+        ("unet/config.json", {"in_channels": 9}, "9 input channels"),
+    ],
+)
+def test_other_families_are_told_apart(copy_of, file, changes, match):
+    edit(copy_of / file, **changes)
+    with pytest.raises(ModelError, match=match):
+        identify(copy_of)
+
+
+def test_unknown_names_list_what_is_known():
+    with pytest.raises(ModelError, match="nano, sd15"):
+        resolve_base("nonsense")
+
+
+def test_a_folder_that_is_no_base_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"without model_index\.json"):
+        resolve_base(str(tmp_path))
+
+
+def test_a_hub_id_without_network_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match="--base nano"):
+        resolve_base("nobody/nothing-here")
+
+
+def test_an_unreachable_hub_is_told_from_a_missing_repository(monkeypatch):
+    import huggingface_hub
+
+    class ConnectError(Exception):
+        """Named as in the hub's HTTP library, whose package changes with its version."""
+
+    class Unreachable:
+        def model_info(self, *args, **options):
+            raise ConnectError("Name or service not known")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(huggingface_hub, "HfApi", Unreachable)
+    with pytest.raises(ModelError, match="cannot reach the hub"):
+        resolve_base("nobody/nothing-here")
+
+
+def test_only_one_set_of_weights_is_fetched():
+    files = [
+        "README.md",
+        "model_index.json",
+        "v1-5-pruned.safetensors",
+        "safety_checker/model.safetensors",
+        "scheduler/scheduler_config.json",
+        "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "text_encoder/pytorch_model.bin",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    assert wanted_files(files) == [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+
+
+def test_hub_ids_are_owner_and_name():
+    assert looks_like_id("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    assert not any(map(looks_like_id, ["nano", "a/b/c", "../x", "/abs", "a b/c", ""]))
+
+
+def test_an_incomplete_cache_does_not_count(monkeypatch, tmp_path, tiny_base):
+    import huggingface_hub
+
+    folder = shutil.copytree(tiny_base, tmp_path / "snapshot")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(folder))
+    assert cached("a/b") == folder
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    assert cached("a/b") is None
+
+
+def test_nano_is_the_size_that_it_is_said_to_be():
+    assert sum(f.stat().st_size for f in NANO.rglob("*") if f.is_file()) <= 32e6

@@ -1,0 +1,288 @@
+"""The whole line on small pictures: reproducible, resumable, exact, and honest about what goes wrong."""
+
+import hashlib
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from sdlora.config import Config, load_config
+from sdlora.errors import ConfigError, SdloraError, TrainingError
+from sdlora.training import session as session_module
+from sdlora.training.folder import reopen
+from sdlora.training.progress import Reporter
+from sdlora.training.train import train
+
+
+class Notes(Reporter):
+    """Remembers what is said."""
+
+    def __init__(self, on_step=None):
+        self.lines, self.steps, self.on_step, self.stage = [], 0, on_step, ""
+
+    def say(self, text):
+        self.lines.append(text)
+
+    warn = say
+
+    def begin(self, stage, total, done=0):
+        self.stage = stage
+
+    def advance(self, note="", units=1):
+        if self.stage == "training":
+            self.steps += units
+            if self.on_step:
+                self.on_step(self.steps)
+
+
+@pytest.fixture
+def settings(tiny_base, style_dir, tmp_path):
+    """Builds the configuration of a short run, in a folder of its own."""
+
+    def make(name: str = "run", **flags) -> Config:
+        base = {
+            "base.model": str(tiny_base),
+            "data.images": style_dir,
+            "data.batch_size": 2,
+            "lora.rank": 2,
+            "train.steps": 6,
+            "output.output": tmp_path / name,
+            "samples.sample_every": 0,
+            "output.save_dtype": "fp32",
+        }
+        return load_config(None, base | {k.replace("__", "."): v for k, v in flags.items()})
+
+    return make
+
+
+def tensors(result) -> dict[str, torch.Tensor]:
+    return load_file(result.lora)
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def go_on(folder: Path, **flags):
+    run, config = reopen(folder, {k.replace("__", "."): v for k, v in flags.items()}, ())
+    return train(config, resume=run)
+
+
+VARIED = {
+    "lora__dropout": 0.2,
+    "lora__text_encoder": True,
+    "data__shuffle_tags": True,
+    "data__crop": "random",
+    "data__flip": True,
+    "train__accumulation": 2,
+    "train__noise_offset": 0.05,
+    "optimizer__warmup": 0.5,
+}
+
+
+@pytest.mark.parametrize("flags", [{}, VARIED], ids=["plain", "everything"])
+def test_same_seed_same_tensors_and_resume_equals_uninterrupted(settings, flags):
+    straight = train(settings("a", **flags))
+    again = train(settings("b", **flags))
+    assert equal(tensors(straight), tensors(again))
+
+    half = train(settings("c", train__stop_at=3, **flags))
+    assert (half.steps, half.finished, half.lora.name) == (3, False, "style-step00000003.safetensors")
+    resumed = go_on(half.folder)
+    assert equal(tensors(resumed), tensors(straight))
+    assert not equal(tensors(half), tensors(straight))
+    assert not equal(tensors(train(settings("d", train__seed=1, **flags))), tensors(straight))
+
+    lines = [json.loads(line) for line in (half.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    reference = [json.loads(line) for line in (straight.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == [line["loss"] for line in reference]
+
+
+def test_a_run_leaves_everything_it_promises(settings):
+    notes = Notes()
+    config = settings(
+        train__steps=None,
+        train__epochs=2,
+        samples__sample_every=None,
+        samples__sample_steps=2,
+        samples__sample_prompts=["a castle", "a cat --w 64 --h 128"],
+        data__trigger="tinystyle",
+        output__name="mine",
+        output__save_dtype="fp16",
+    )
+    result = train(config, reporter=notes)
+    root = result.folder
+    found = {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()}
+    assert found == {
+        "config.toml",
+        "metrics.jsonl",
+        "mine.safetensors",
+        "mine.json",
+        "mine.png",
+        "epochs/mine-000001.safetensors",
+        *(f"samples/{name}/{i:02d}.png" for name in ("base", "epoch-000001", "epoch-000002") for i in (0, 1)),
+        "samples/epoch-000001.png",
+        "samples/epoch-000002.png",
+        "samples/overview.png",
+        *(
+            f"checkpoints/step-{step:08d}/{name}"
+            for step in (result.total_steps // 2, result.total_steps)
+            for name in ("adapters.safetensors", "optimizer.safetensors", "state.json")
+        ),
+    }
+    assert json.loads((root / "mine.json").read_text())["activation text"] == "tinystyle"
+    with safe_open(result.lora, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_output_name"] == "mine"
+    assert metadata["ss_steps"] == str(result.total_steps)
+    assert str(config.data.images) not in json.dumps(metadata)  # nobody's home folder goes into a shared file
+    with Image.open(root / "samples" / "epoch-000002" / "01.png") as image:
+        assert image.size == (64, 128)
+        assert "<lora:mine:1" in image.info["parameters"]
+    said = "\n".join(notes.lines)
+    assert "found 12 files: 6 usable" in said
+    assert "Plan: " in said
+    assert "no such" not in said
+
+
+def test_training_changes_the_adapters_only(settings, monkeypatch):
+    def state_hash(module):
+        digest = hashlib.sha256()
+        for key, value in sorted(module.state_dict().items()):
+            digest.update(key.encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    seen = {}
+    load = session_module.load_parts
+
+    def spy(base, **options):
+        seen["parts"] = load(base, **options)
+        seen["before"] = [state_hash(m) for m in (*seen["parts"].components.values(), seen["parts"].vae)]
+        return seen["parts"]
+
+    monkeypatch.setattr(session_module, "load_parts", spy)
+    train(settings(lora__text_encoder=True))
+    from sdlora.adapters import eject
+
+    parts = seen["parts"]
+    assert eject(parts.denoiser) == 192
+    assert eject(parts.text_encoders["text_encoder"]) == 18
+    assert [state_hash(m) for m in (*parts.components.values(), parts.vae)] == seen["before"]
+
+
+def test_the_loss_falls_when_one_picture_is_learned(settings, tmp_path):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    Image.new("RGB", (64, 64), "red").save(folder / "red.png")
+    (folder / "red.txt").write_text("red")
+    result = train(settings(data__images=folder, train__steps=60, optimizer__learning_rate=5e-3, data__batch_size=4))
+    assert result.loss_end < 0.9 * result.loss_start
+
+
+def test_v_prediction_is_read_from_the_checkpoint(settings, tiny_base, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(tiny_base, tmp_path / "v")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
+    v = train(settings("v-run", base__model=str(folder)))
+    epsilon = train(settings("e-run"))
+    assert not equal(tensors(v), tensors(epsilon))
+    with safe_open(v.lora, "pt") as opened:
+        assert opened.metadata()["modelspec.prediction_type"] == "v"
+
+
+@pytest.mark.parametrize("words", [{"lora__targets": "conv", "lora__conv_rank": 1}, {"train__gradient_checkpointing": True}])
+def test_other_settings_run_and_export(settings, words):
+    assert train(settings(train__steps=2, **words)).certificate.num_modules == (278 if "lora__targets" in words else 192)
+
+
+def test_bf16_trains_fp32_masters(settings):
+    result = train(settings(train__precision="bf16", train__steps=2))
+    assert all(t.dtype == torch.float32 for t in tensors(result).values())
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(settings):
+    assert threading.current_thread() is threading.main_thread()
+    notes = Notes(on_step=lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 2 else None)
+    stopped = train(settings("a"), reporter=notes)
+    assert (stopped.steps, stopped.interrupted) == (2, True)
+    assert equal(tensors(go_on(stopped.folder)), tensors(train(settings("b"))))
+
+
+def test_a_second_ctrl_c_quits_at_once(settings):
+    def twice(step):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(), reporter=Notes(on_step=twice))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_finished_run_can_be_prolonged(settings):
+    done = train(settings(optimizer__schedule="constant", train__steps=3))
+    with pytest.raises(ConfigError, match="is finished: 3 of 3"):
+        go_on(done.folder)
+    longer = go_on(done.folder, train__steps=6)
+    assert equal(tensors(longer), tensors(train(settings("b", optimizer__schedule="constant"))))
+
+
+def test_a_run_does_not_go_on_with_other_settings_or_pictures(settings, style_dir):
+    half = train(settings(train__stop_at=2))
+    with pytest.raises(ConfigError, match=r"lora\.rank \(was 2, now 8\)"):
+        go_on(half.folder, lora__rank=8)
+    (style_dir / "picture0.txt").write_text("another caption")
+    with pytest.raises(TrainingError, match="pictures or captions"):
+        go_on(half.folder)
+
+
+def test_a_folder_is_never_overwritten(settings, tmp_path):
+    train(settings(train__steps=1))
+    with pytest.raises(ConfigError, match="holds another run; continue it with"):
+        train(settings(train__steps=1))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("dear")
+    with pytest.raises(ConfigError, match="is not empty"):
+        train(settings("other"))
+    with pytest.raises(ConfigError, match="no run there"):
+        reopen(tmp_path / "nowhere", {}, ())
+
+
+def test_a_diverging_run_stops_and_names_the_pictures(settings):
+    with pytest.raises(TrainingError, match=r"not finite in 3 steps in a row.*picture"):
+        train(settings(optimizer__learning_rate=10, train__steps=60, train__max_grad_norm=0, optimizer__warmup=0))
+
+
+def test_no_space_is_noticed_before_the_work(settings, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(TrainingError, match="has 0 MB free"):
+        train(settings())
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        ({"data__images": None}, "give --images"),
+        ({"data__images": Path("does-not-exist")}, "does-not-exist"),
+        ({"base__model": "nonsense"}, "no base model 'nonsense'"),
+        ({"samples__sample_prompts": ["a --zz 3"], "samples__sample_every": 1}, "zz"),
+        ({"samples__sampler": "Magic", "samples__sample_every": 1}, "Magic"),
+        ({"train__precision": "fp16"}, "fp16"),
+        ({"train__attention": "xformers"}, "xformers"),
+    ],
+)
+def test_bad_input_fails_before_anything_is_written(settings, tmp_path, flags, match):
+    with pytest.raises(SdloraError, match=match):
+        train(settings(**flags))
+    assert not (tmp_path / "run").exists()
