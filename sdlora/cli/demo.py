@@ -10,8 +10,8 @@ import click
 
 from sdlora.config import Config, load_config
 
-HELD_OUT = ("castle", "tiger face", "mushroom", "airplane", "birthday cake", "crown", "robot", "dog face")
-"""Prompts of the grid: none of these subjects is among the example pictures."""
+HELD_OUT = ("dog face", "panda", "koala", "mushroom", "cookie", "monkey face", "pear", "wolf")
+"""Prompts of the grid: subjects that the miniature base knows and that are not among the example pictures."""
 
 
 def examples_folder() -> Path:

@@ -40,7 +40,7 @@ class _Commands(click.Group):
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
-    r"""Teach Stable Diffusion a style: a folder of pictures becomes a LoRA file that every program loads.
+    """Teach Stable Diffusion a style: a folder of pictures becomes a LoRA file that every program loads.
 
     \b
     sdlora demo                                        try it, without a GPU or a download
@@ -48,7 +48,7 @@ def cli() -> None:
     sdlora sample --lora style.safetensors "a castle"  draw with it
 
     --debug behind any command shows the whole traceback of an error.
-    """
+    """  # noqa: D301 (click wants the character itself, which keeps the lines below it as they are)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -59,9 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments.remove("--debug")
     _quiet_libraries()
     try:
-        cli.main(arguments, prog_name="sdlora", standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        code = cli.main(arguments, prog_name="sdlora", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
@@ -73,6 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
+    if isinstance(code, int):  # click returns what `ctx.exit` was given
+        sys.exit(code)
 
 
 def _quiet_libraries() -> None:

@@ -12,8 +12,11 @@ from sdlora.config import Config, Setting, all_settings
 
 
 def setting_options() -> list[click.Option]:
-    """Returns an option for every setting. Values stay text here; `load_config` checks them all at once."""
-    return [_option(s) for s in all_settings()]
+    """Returns an option for every setting, the pictures first.
+
+    Values stay text here; `load_config` checks them all at once.
+    """
+    return sorted((_option(s) for s in all_settings()), key=lambda option: option.name != "images")
 
 
 def _option(s: Setting) -> click.Option:

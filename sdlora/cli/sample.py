@@ -83,6 +83,13 @@ class _Used:
     help="Text encoder layer, from the end. Default: as the LoRA was trained.",
 )
 @click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp16", "bf16", "fp32"]),
+    default="auto",
+    show_default=True,
+    help="Arithmetic; the VAE is always fp32. fp32 helps where fp16 overflows.",
+)
+@click.option(
     "--output",
     type=click.Path(path_type=Path),
     default=Path("outputs"),
@@ -104,6 +111,7 @@ def command(
     count: int,
     batch_size: int,
     clip_skip: int | None,
+    precision: str,
     output: Path,
 ) -> None:
     """Draw pictures with one or several LoRAs.
@@ -127,7 +135,7 @@ def command(
     defaults = Prompt("", negative, width, height, _first_seed(seed), cfg, steps, sampler_name(sampler))
     used = _read_loras(loras)
     chosen = _choose_base(base, [u.file for u in used])
-    parts = _load(chosen, used)
+    parts = _load(chosen, used, precision)
     width, height = _size(parts, width, height)
     wanted = [resolve(p, replace(defaults, width=width, height=height)) for p in asked]
     wanted = [replace(p, seed=((p.seed or 0) + i) % _SEEDS) for p in wanted for i in range(count)]
@@ -156,7 +164,7 @@ def _read_loras(specs: Sequence[str]) -> list[_Used]:
     if not specs:
         return []
     from sdlora.files.kohya import read_lora
-    from sdlora.sampling.origin import printable
+    from sdlora.files.webui import printable
     from sdlora.sampling.prompts import parse_lora_spec
 
     used = []
@@ -172,7 +180,8 @@ def _read_loras(specs: Sequence[str]) -> list[_Used]:
 def _choose_base(wanted: str | None, loras: Sequence[LoraFile]) -> Base:
     """Finds the base: what the user says, else what the first LoRA was trained on. Prints which, and why."""
     from sdlora.families import resolve_base
-    from sdlora.sampling.origin import named_bases, printable, trained_base
+    from sdlora.files.webui import printable
+    from sdlora.sampling.origin import named_bases, trained_base
 
     if not loras:
         click.echo("No --lora given: drawing with the base alone.")
@@ -190,23 +199,25 @@ def _choose_base(wanted: str | None, loras: Sequence[LoraFile]) -> Base:
     return base
 
 
-def _load(base: Base, used: Sequence[_Used]) -> Parts:
+def _load(base: Base, used: Sequence[_Used], precision: str) -> Parts:
     from sdlora.families import load_parts
-    from sdlora.sampling.origin import printable
-    from sdlora.training.precision import choose_device, inference_dtype
+    from sdlora.files.webui import printable
+    from sdlora.training.precision import choose_device, choose_precision, inference_dtype
 
+    device = choose_device()
+    dtype = inference_dtype(device) if precision == "auto" else choose_precision(precision, device).dtype
     parts = load_parts(base)
     for u in used:
         from sdlora.files.kohya import attach
 
         attach(parts, u.file, u.strength)
         click.echo(f"LoRA: {printable(str(u.file.path))} at strength {u.strength:g}")
-    device = choose_device()
-    return parts.to(device, inference_dtype(device))
+    return parts.to(device, dtype)
 
 
 def _clip_skip(wanted: int | None, used: Sequence[_Used]) -> int:
-    from sdlora.sampling.origin import printable, trained_clip_skip
+    from sdlora.files.webui import printable
+    from sdlora.sampling.origin import trained_clip_skip
 
     if wanted is not None or not used:
         return wanted or 1
@@ -217,7 +228,8 @@ def _clip_skip(wanted: int | None, used: Sequence[_Used]) -> int:
 
 
 def _print_notes(parts: Parts, asked: Sequence[Prompt], wanted: Sequence[Prompt], used: Sequence[_Used]) -> None:
-    from sdlora.sampling.origin import printable, trigger
+    from sdlora.files.webui import printable
+    from sdlora.sampling.origin import trigger
     from sdlora.sampling.pipeline import overlong
 
     for note in dict.fromkeys([*(n for p in asked for n in p.notes), *overlong(parts, wanted)]):
@@ -238,7 +250,7 @@ def _draw_and_save(
     from sdlora.sampling.infotext import parameters, png_info
     from sdlora.sampling.pipeline import draw
 
-    loras = [(u.file.path.stem, u.strength, u.file.metadata.get("sshs_model_hash", "")) for u in used]
+    loras = [(u.file.path.stem, u.strength, u.file.metadata.get("sshs_model_hash") or u.file.model_hash) for u in used]
     number = _last_number(folder, r"(\d{5,})-\d+\.png")
     pictures = []
     for start in range(0, len(prompts), batch_size):

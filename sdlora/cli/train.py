@@ -26,7 +26,7 @@ def _show_all(ctx: click.Context, parameter: click.Parameter, value: bool) -> No
     "--help-all", is_flag=True, is_eager=True, expose_value=False, callback=_show_all, help="list every setting"
 )
 def command(config_file: Path | None, resume: Path | None, assignments: tuple[str, ...], **values: Any) -> None:
-    r"""Learn a style from a folder of pictures.
+    """Learn a style from a folder of pictures.
 
     \b
     sdlora train --images ./style_dir --rank 16
@@ -36,7 +36,7 @@ def command(config_file: Path | None, resume: Path | None, assignments: tuple[st
 
     Pictures may lie flat, nested, or in kohya's 10_name folders; captions in .txt, .caption or .json files beside
     them or in metadata.jsonl. --set section.key=value and --help-all reach every setting.
-    """
+    """  # noqa: D301 (click wants the character itself, which keeps the lines below it as they are)
     if resume:
         if config_file:
             raise click.UsageError("--resume takes the settings of the run; leave --config out")
@@ -54,7 +54,7 @@ def command(config_file: Path | None, resume: Path | None, assignments: tuple[st
         sys.exit(130)
 
 
-command.params += setting_options()
+command.params = [*setting_options(), *command.params]
 
 
 def describe(result: Any) -> str:

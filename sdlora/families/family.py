@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sdlora.adapters import Target
 from sdlora.diffusion.schedule import Schedule
+from sdlora.families.folders import quiet
 
 Conditioning = dict[str, Tensor]
 """What the denoiser is told besides the noisy latents, each tensor with the batch in front.
@@ -105,9 +106,9 @@ class Parts:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Parts:
         """Moves everything to a device. The VAE stays fp32: in fp16 some VAEs overflow to black pictures."""
-        self.denoiser.to(device, dtype)
-        for encoder in self.text_encoders.values():
-            encoder.to(device, dtype)
-        self.vae.to(device, torch.float32)
+        with quiet():  # diffusers warns of modules to be kept in fp32, and then names none
+            for module in self.components.values():
+                module.to(device, dtype)
+            self.vae.to(device, torch.float32)
         self.schedule = self.schedule.to(device)
         return self

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from sdlora.errors import ModelError
 
@@ -63,9 +67,24 @@ def load_component(cls: Any, folder: Path, name: str) -> Any:
         options |= {"use_safetensors": True, "variant": variant or None}
         options["dtype" if cls.__module__.startswith("transformers") else "torch_dtype"] = torch.float32
     try:
-        return cls.from_pretrained(place, **options)
+        with quiet():
+            return cls.from_pretrained(place, **options)
     except Exception as error:  # the libraries raise a dozen kinds for a damaged folder
         raise ModelError(f"cannot load {place}: {_first_line(error)}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the libraries' progress bars and advice off the terminal in a `with` block; their errors still raise."""
+    bar, loud = transformers_logging.is_progress_bar_enabled(), diffusers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(loud)
+        if bar:
+            transformers_logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

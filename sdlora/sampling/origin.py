@@ -16,6 +16,7 @@ from sdlora.config import load_config
 from sdlora.errors import ConfigError
 from sdlora.families import Base, hub, resolve_base
 from sdlora.families.loading import ALIASES
+from sdlora.files.webui import printable
 
 if TYPE_CHECKING:
     from sdlora.files.kohya import LoraFile
@@ -80,11 +81,6 @@ def trained_clip_skip(lora: LoraFile) -> int:
     """Returns the text encoder layer, counted from the end, that a LoRA was trained with; 1 where it does not say."""
     text = lora.metadata.get("ss_clip_skip", "")
     return int(text) if re.fullmatch(r"[1-9]|1[0-2]", text) else 1
-
-
-def printable(text: str) -> str:
-    """Makes a stranger's text safe for a terminal: no control characters, at most 200 letters."""
-    return "".join(c if c.isprintable() else " " for c in text)[:200]
 
 
 def _is_here(name: str) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sdlora.errors import ConfigError, ModelError
 from sdlora.families import Parts
 from sdlora.sampling.prompts import Prompt
-from sdlora.sampling.samplers import make_scheduler
+from sdlora.sampling.samplers import make_scheduler, sampler_name
 
 _BATCH = 4
 
@@ -53,8 +53,8 @@ def draw(
         Pictures in the order of the prompts.
 
     Raises:
-        ConfigError: before anything is drawn, if a prompt leaves something open, a side is no multiple of 8, or there
-            are more steps than noise levels.
+        ConfigError: before anything is drawn, if a prompt leaves something open, a side is no multiple of 8, the
+            sampler is not known, or there are more steps than noise levels.
         ModelError: if the denoiser or the VAE returns numbers that are not finite.
     """
     if batch_size is not None and batch_size < 1:
@@ -95,6 +95,7 @@ def _check(prompt: Prompt, parts: Parts) -> None:
         if name in ("width", "height") and (value < parts.vae_factor or value % parts.vae_factor):
             wanted = f"a multiple of {parts.vae_factor}"
             raise ConfigError(f"{name} must be {wanted}, got {value} for the prompt {prompt.text!r}")
+    sampler_name(prompt.sampler or "")
     levels = len(parts.schedule)
     if not 1 <= (prompt.steps or 0) < levels:  # as many steps as levels make diffusers' schedulers collide
         raise ConfigError(f"steps must be from 1 to {levels - 1}, got {prompt.steps} for the prompt {prompt.text!r}")
@@ -150,7 +151,7 @@ def _require_finite(values: Tensor, prompt: Prompt, who: str, dtype: torch.dtype
     if torch.isfinite(values).all():
         return
     word = str(dtype).removeprefix("torch.")
-    hint = "draw in bf16 or fp32" if dtype == torch.float16 else "check the base and the strengths of the LoRAs"
+    hint = "use --precision fp32" if dtype == torch.float16 else "check the base and the strengths of the LoRAs"
     raise ModelError(
         f"the {who} returned numbers that are not finite ({word}, prompt {prompt.text!r}, seed {prompt.seed}); {hint}"
     )

@@ -59,9 +59,10 @@ class PlainReporter(Reporter):
             self._print()
 
     def end(self) -> None:
-        """Prints the stage's last line."""
+        """Prints the stage's last line, once."""
         if self._done:
             self._print()
+        self._done = 0
 
     def _print(self) -> None:
         self._last = time.monotonic()

@@ -19,6 +19,7 @@ from sdlora.data.folder import scan
 from sdlora.diffusion.noise import generator
 from sdlora.errors import ConfigError, TrainingError
 from sdlora.families import Parts, identify, load_parts, resolve_base
+from sdlora.sampling.pipeline import overlong
 from sdlora.training.checkpoint import Checkpoint, latest_checkpoint, restore_checkpoint, save_checkpoint
 from sdlora.training.export import Exporter
 from sdlora.training.folder import RunFolder, claim, require_space
@@ -127,7 +128,7 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
     checkpoint = _newest(resume, plan, reporter) if resume else None
     device = choose_device()
     precision = choose_precision(config.train.precision, device)
-    attention, attention_reason = choose_attention(config.train.attention, device)
+    attention, attention_reason = choose_attention(config.train.attention, device, precision.dtype)
     AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process may have used another
     accelerator = Accelerator(mixed_precision=precision.word if precision.autocast else "no", cpu=device.type == "cpu")
     if accelerator.num_processes > 1:
@@ -147,7 +148,8 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
     dataset = prepare(parts, pictures, config.data, config.train.seed, cache, lambda done, total: reporter.advance())
     reporter.end()
     texts = Texts(parts, config, cache)
-    for note in (*dataset.notes, *_overlong(texts, dataset)):
+    prompt_notes = [note for prompt in prompts for note in prompt.notes] + overlong(parts, prompts)
+    for note in (*dataset.notes, *_overlong(texts, dataset), *prompt_notes):
         reporter.warn(note)
 
     # What trains.

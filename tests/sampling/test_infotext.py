@@ -60,4 +60,4 @@ def test_png_carries_it(tmp_path, text):
     path = tmp_path / "x.png"
     Image.new("RGB", (8, 8)).save(path, pnginfo=png_info(text))
     with Image.open(path) as image:
-        assert image.text["parameters"] == text
+        assert image.info["parameters"] == text

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 
 from sdlora.errors import ConfigError, ModelError
 from sdlora.sampling.pipeline import defaults_for, draw, overlong
@@ -31,16 +30,28 @@ def latents(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("sampler", ["Euler a", "DPM++ 2M SDE Karras", "DDPM", "DPM2 a"])
+@pytest.mark.parametrize("sampler", ["DPM++ 2M", "Euler a", "DPM++ 2M SDE Karras", "DDPM"])
 def test_a_batch_equals_one_by_one(tiny_parts, latents, sampler):
     prompts = [replace(CAT, seed=s, text=t, sampler=sampler) for s, t in [(1, "a cat"), (2, "a hill"), (1, "x")]]
     together = draw(tiny_parts, prompts, batch_size=3)
     alone = [draw(tiny_parts, [p])[0] for p in reversed(prompts)][::-1]
-    batched, single = latents[:3], latents[3:][::-1]
-    for a, b in zip(batched, single, strict=True):
+    for a, b in zip(latents[:3], latents[3:][::-1], strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
     for a, b in zip(together, alone, strict=True):
         assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 1
+
+
+@pytest.mark.parametrize("sampler", ["Euler a", "DPM2 a", "DPM++ 2M SDE", "DDPM"])
+def test_what_a_batch_changes_is_rounding_only(tiny_parts, latents, sampler):
+    """In float64 the difference all but vanishes, also where noise is added on the way."""
+    for component in tiny_parts.components.values():
+        component.double()
+    prompts = [replace(CAT, seed=s, text=t, sampler=sampler) for s, t in [(1, "a cat"), (2, "a hill")]]
+    draw(tiny_parts, prompts)
+    draw(tiny_parts, prompts, batch_size=1)
+    for a, b in zip(latents[:2], latents[2:], strict=True):
+        # Some schedulers compute in fp32 inside, equally for both.
+        assert (a - b).abs().max() <= 1e-7 * b.abs().max()
 
 
 def test_pictures_come_in_the_order_of_the_prompts_whatever_is_drawn_together(tiny_parts):
@@ -63,7 +74,7 @@ def test_it_agrees_with_diffusers_own_pipeline(tiny_parts, latents):
     """Texts, guidance, noise and steps are those of StableDiffusionPipeline called by itself."""
     draw(tiny_parts, [replace(CAT, sampler="DDIM", steps=3)])
     pipe = tiny_parts.family.pipeline(tiny_parts, make_scheduler("DDIM", tiny_parts.scheduler_config))
-    assert isinstance(pipe, StableDiffusionPipeline)
+    assert type(pipe).__name__ == "StableDiffusionPipeline"
     theirs = pipe(
         "a cat",
         negative_prompt="a dog",
@@ -104,7 +115,9 @@ def test_each_modules_mode_is_restored(tiny_parts):
     before = [m.training for m in modules]
     assert len(set(before)) == 2
     during = []
-    tiny_parts.denoiser.conv_in.register_forward_hook(lambda m, i, o: during.append((m.training, torch.is_grad_enabled())))
+    tiny_parts.denoiser.conv_in.register_forward_hook(
+        lambda m, i, o: during.append((m.training, torch.is_grad_enabled()))
+    )
     draw(tiny_parts, [CAT])
     assert set(during) == {(False, False)}
     assert [m.training for m in modules] == before

@@ -183,8 +183,8 @@ def test_the_loss_falls_when_one_picture_is_learned(settings, tmp_path):
     folder.mkdir()
     Image.new("RGB", (64, 64), "red").save(folder / "red.png")
     (folder / "red.txt").write_text("red")
-    result = train(settings(data__images=folder, train__steps=60, optimizer__learning_rate=5e-3, data__batch_size=4))
-    assert result.loss_end < 0.9 * result.loss_start
+    result = train(settings(base__model="nano", data__images=folder, data__resolution=64, train__steps=30))
+    assert result.loss_end < 0.7 * result.loss_start
 
 
 def test_v_prediction_is_read_from_the_checkpoint(settings, tiny_base, tmp_path):

@@ -1,0 +1,127 @@
+"""Text states of frozen encoders: each caption is encoded once and then found in memory or, next time, on the disk.
+
+Captions are encoded one at a time: in a batch the last bits of the result would depend on which captions happen to be
+neighbours, and a resumed run would no longer equal an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdlora.data.cache import Cache, fingerprint
+from sdlora.families import Conditioning, Parts
+
+MEMORY_BYTES = 2**30
+"""Memory for text states; beyond it those that were not used for longest are let go."""
+_VERSION = 1  # raise it when the same caption is to be encoded differently
+
+
+class TextStates:
+    """Turns captions into conditioning, `encode_prompts` with a memory.
+
+    A caption goes to the disk when it is asked for a second time: shuffled ones, which hardly ever come back, would
+    fill it.
+
+    Args:
+        parts: the base, its text encoders as they will stay; built before anything is injected into them.
+        cache: the disk.
+        clip_skip: layer to take, counted from the end.
+        fingerprint: of the text encoders and tokenizers, if it is known already.
+
+    Attributes:
+        encoded: how many captions have been encoded.
+        fingerprint: of the text encoders and tokenizers.
+    """
+
+    def __init__(self, parts: Parts, cache: Cache, clip_skip: int, fingerprint: str | None = None) -> None:
+        self.parts, self.cache, self.clip_skip = parts, cache, clip_skip
+        self.fingerprint = fingerprint or text_fingerprint(parts)
+        self.encoded = 0
+        self._memory: OrderedDict[str, Conditioning] = OrderedDict()
+        self._bytes = 0
+        self._kept: set[str] = set()
+
+    def __call__(self, captions: Sequence[str]) -> Conditioning:
+        """Returns the conditioning of B captions, the batch in front, on the device of the base."""
+        each = [self._states(caption) for caption in captions]
+        return {name: torch.stack([states[name] for states in each]).to(self.parts.device) for name in each[0]}
+
+    def truncated(self, captions: Sequence[str]) -> list[str]:
+        """Returns those captions that are longer than a text encoder can read; their end has no effect."""
+        return [c for c in captions if any(_tokens(t, c) > t.model_max_length for t in self.parts.tokenizers.values())]
+
+    def _states(self, caption: str) -> Conditioning:
+        key = self._key(caption)
+        if key in self._memory:
+            self._memory.move_to_end(key)
+            if key not in self._kept:
+                self._kept.add(key)
+                self.cache.put(key, self._memory[key])
+            return self._memory[key]
+        states = self.cache.get(key)
+        if states is None:
+            states = self._encode(caption)
+        else:
+            self._kept.add(key)
+        self._memory[key] = states
+        self._bytes += _size(states)
+        while self._bytes > MEMORY_BYTES and len(self._memory) > 1:
+            self._bytes -= _size(self._memory.popitem(last=False)[1])
+        return states
+
+    def _key(self, caption: str) -> str:
+        dtypes = sorted({str(next(e.parameters()).dtype) for e in self.parts.text_encoders.values()})
+        return Cache.key("text", _VERSION, self.parts.family.name, self.fingerprint, self.clip_skip, dtypes, caption)
+
+    def _encode(self, caption: str) -> Conditioning:
+        encoders = self.parts.text_encoders.values()
+        training = [encoder for encoder in encoders if encoder.training]
+        for encoder in training:  # the loop sets train mode, but what is kept must not have dropout in it
+            encoder.eval()
+        # Without autocast, so that the states are a function of the weights and not of who asks.
+        with torch.no_grad(), torch.autocast(self.parts.device.type, enabled=False):
+            batch = self.parts.family.encode_prompts(self.parts, [caption], self.clip_skip)
+        for encoder in training:
+            encoder.train()
+        self.encoded += 1
+        return {name: tensor[0].cpu() for name, tensor in batch.items()}
+
+
+def text_fingerprint(parts: Parts) -> str:
+    """Returns a hash of the weights, configurations and vocabularies that decide what a caption becomes."""
+    encoders = {name: fingerprint(encoder) for name, encoder in parts.text_encoders.items()}
+    tokenizers = {name: _vocabulary(tokenizer) for name, tokenizer in parts.tokenizers.items()}
+    return Cache.key(encoders, tokenizers)
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    facts = {"length": tokenizer.model_max_length, "special": {k: str(v) for k, v in _special(tokenizer).items()}}
+    if hasattr(tokenizer, "backend_tokenizer"):
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        # These two change with every call and are given again at the next.
+        facts["rules"] = {name: rule for name, rule in rules.items() if name not in ("truncation", "padding")}
+    else:
+        facts["vocabulary"] = tokenizer.get_vocab()
+    return Cache.key(facts)
+
+
+def _special(tokenizer: Any) -> dict[str, Any]:
+    return dict(tokenizer.special_tokens_map)
+
+
+def _tokens(tokenizer: Any, caption: str) -> int:
+    return len(tokenizer(caption, truncation=False, verbose=False).input_ids)
+
+
+def _size(states: Conditioning) -> int:
+    return sum(_bytes(tensor) for tensor in states.values())
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

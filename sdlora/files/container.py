@@ -1,0 +1,234 @@
+"""The safetensors container as strangers send it and as we write it: every byte checked going in, decided going out.
+
+The library's own reader gives one line for a dozen causes, and its writer lays the metadata out in a random order. Here
+a damaged file is told by its cause, and equal content makes an equal file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from sdlora.errors import LoraFileError
+
+MAX_HEADER = 16 * 1024 * 1024
+"""Longest header in bytes that is read; those of real LoRA files are below 1 MB."""
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The container's number formats that are read."""
+
+_IMPOSTORS = (  # what a file that is called .safetensors often is instead: first bytes, what it is, what to do
+    (b"version https://git-lfs", "is a git-lfs pointer, not the file itself", "run `git lfs pull`, or download it"),
+    (b"<!doctype html", "is a web page, not a LoRA", "the download went wrong; a login may be needed"),
+    (b"<html", "is a web page, not a LoRA", "the download went wrong; a login may be needed"),
+    (b"pk\x03\x04", "is a pickle or zip archive (.pt, .ckpt)", "such files can run code, so they are never opened"),
+    (b"gguf", "is a GGUF file", "only safetensors are read"),
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: its dtype, its shape, and its bytes counted from the end of the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Container:
+    """A file whose header has been checked against its size.
+
+    Attributes:
+        path: the file.
+        entries: what it holds, by key.
+        metadata: the header's flat map of texts.
+        header_bytes: length of the JSON header.
+    """
+
+    path: Path
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+    header_bytes: int
+
+    def data(self) -> bytes:
+        """Reads everything behind the header.
+
+        Raises:
+            LoraFileError: if the file cannot be read, or was changed meanwhile.
+        """
+        try:
+            with self.path.open("rb") as file:
+                file.seek(8 + self.header_bytes)
+                data = file.read()
+        except OSError as error:
+            raise LoraFileError(f"cannot read {self.path}: {error.strerror or error}") from error
+        if len(data) != max((e.end for e in self.entries.values()), default=0):
+            raise LoraFileError(f"{self.path} was changed while it was read; try again")
+        return data
+
+    def tensors(self, data: bytes) -> dict[str, Tensor]:
+        """Cuts the bytes that `data` returned into tensors, each a copy of its own."""
+        found = {}
+        for key, entry in self.entries.items():
+            if entry.start == entry.end:
+                found[key] = torch.empty(entry.shape, dtype=entry.dtype)
+                continue
+            piece = bytearray(data[entry.start : entry.end])
+            found[key] = torch.frombuffer(piece, dtype=entry.dtype).reshape(entry.shape)
+        return found
+
+
+def open_container(path: Path) -> Container:
+    """Reads and checks a header; touches no tensor.
+
+    Raises:
+        LoraFileError: if there is no such file, or it is not a whole, well-formed safetensors file.
+    """
+    if path.is_dir():
+        raise LoraFileError(f"{path} is a folder; give the .safetensors file in it")
+    if not path.is_file():
+        raise LoraFileError(f"no LoRA file {path}; check the path")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(64)
+            length = _header_length(path, start, size)
+            file.seek(8)
+            raw = file.read(length)
+    except OSError as error:
+        raise LoraFileError(f"cannot read {path}: {error.strerror or error}") from error
+    header = _parse(path, raw)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise LoraFileError(f"{path} is damaged: its metadata is not a map of texts; download it again")
+    entries = {key: _entry(path, key, value) for key, value in header.items()}
+    _require_seamless(path, entries, size - 8 - length)
+    return Container(path, entries, metadata, length)
+
+
+def _header_length(path: Path, start: bytes, size: int) -> int:
+    if size == 0:
+        raise LoraFileError(f"{path} is empty (0 bytes); download or export it again")
+    for magic, what, advice in _IMPOSTORS:
+        if start.lower().lstrip(b"\xef\xbb\xbf \t\r\n").startswith(magic):
+            raise LoraFileError(f"{path} {what}; {advice}")
+    if start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05" and start[8:9] != b"{":
+        raise LoraFileError(f"{path} is a pickle; such files can run code, so they are never opened")
+    if size < 10:
+        raise LoraFileError(f"{path} is cut off after {size} bytes; download or export it again")
+    (length,) = struct.unpack("<Q", start[:8])
+    if start[8:9] != b"{":
+        raise LoraFileError(f"{path} is not a safetensors file (it begins with {start[:8]!r}); only those are read")
+    if length > MAX_HEADER:
+        raise LoraFileError(f"{path} claims a header of {length} bytes, and {MAX_HEADER} is the most that is read")
+    if length > size - 8:
+        raise LoraFileError(f"{path} is cut off: its header needs {length} bytes, {size - 8} are there; download again")
+    return length
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return table
+
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise LoraFileError(f"{path} is damaged: its header cannot be read ({error}); download it again") from error
+    if not isinstance(header, dict):
+        raise LoraFileError(f"{path} is damaged: its header is no table; download it again")
+    return header
+
+
+def _entry(path: Path, key: str, value: Any) -> Entry:
+    damaged = LoraFileError(f"{path} is damaged: its header says nothing sensible of {key[:200]!r}; download it again")
+    if not isinstance(value, dict):
+        raise damaged
+    shape, offsets, word = value.get("shape"), value.get("data_offsets"), value.get("dtype")
+    if not (_are_counts(shape) and _are_counts(offsets) and len(offsets) == 2 and isinstance(word, str)):
+        raise damaged
+    dtype = DTYPES.get(word)
+    if dtype is None:
+        raise LoraFileError(f"{path}: {key[:200]} is stored as {word[:20]!r}; read are {', '.join(DTYPES)}")
+    numel = 1
+    for side in shape:
+        numel *= side
+    if offsets[1] - offsets[0] != numel * dtype.itemsize:
+        raise damaged
+    return Entry(dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def _are_counts(values: Any) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**62 for v in values)
+
+
+def _require_seamless(path: Path, entries: Mapping[str, Entry], available: int) -> None:
+    """Refuses gaps, overlaps and leftovers: bytes that belong to no tensor could be anything."""
+    position = 0
+    for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != position:
+            raise LoraFileError(f"{path} is damaged: {key[:200]!r} does not begin where the one before it ends")
+        position = entry.end
+    if position > available:
+        raise LoraFileError(f"{path} is cut off: its tensors need {position} bytes, {available} are there")
+    if position < available:
+        raise LoraFileError(f"{path} is damaged: {available - position} bytes behind the last tensor belong to nothing")
+
+
+def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Returns the bytes of a file: the library's layout of the tensors, the metadata sorted.
+
+    Equal tensors and metadata give equal bytes.
+
+    Args:
+        tensors: by key, on the CPU.
+        metadata: texts by key.
+    """
+    raw = safetensors.torch.save({key: tensor.contiguous() for key, tensor in tensors.items()})
+    (length,) = struct.unpack("<Q", raw[:8])
+    table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    table |= json.loads(raw[8 : 8 + length])
+    header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8, as in the library's own files
+    return struct.pack("<Q", len(header)) + header + raw[8 + length :]
+
+
+def model_hash(content: bytes) -> str:
+    """Returns `sshs_model_hash` of a file's bytes: sha256 of what lies behind the header, so metadata may change.
+
+    Source: sd-scripts' `addnet_hash_safetensors`.
+    """
+    (length,) = struct.unpack("<Q", content[:8])
+    return hashlib.sha256(memoryview(content)[8 + length :]).hexdigest()
+
+
+def legacy_hash(content: bytes) -> str:
+    """Returns `sshs_legacy_hash` of a file's bytes: 8 letters, of 64 KiB from the second megabyte.
+
+    Source: sd-scripts' `addnet_hash_legacy`.
+    """
+    return hashlib.sha256(memoryview(content)[0x100000:0x110000]).hexdigest()[:8]

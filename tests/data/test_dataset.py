@@ -1,0 +1,228 @@
+"""Latents are encoded once and never stale; the order of an epoch is a function of (seed, epoch)."""
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdlora.config import DataSection
+from sdlora.data.buckets import Fit
+from sdlora.data.cache import Cache
+from sdlora.data.dataset import Dataset, bucket_counts, prepare, variants
+from sdlora.data.folder import Example, scan
+from sdlora.data.image import open_rgb, pixels
+from sdlora.errors import DatasetError
+
+
+@pytest.fixture
+def ready(tiny_parts, style_dir, tmp_path):
+    """Prepares the six pictures; keywords are settings."""
+    cache = Cache(tmp_path / "cache")
+
+    def make(seed: int = 0, **settings) -> Dataset:
+        background = settings.get("background", "white")
+        return prepare(tiny_parts, scan(style_dir, background=background), DataSection(**settings), seed, cache)
+
+    return make
+
+
+def test_latents_are_those_of_the_vae(ready, tiny_parts, style_dir):
+    dataset = ready()
+    assert (dataset.encoded, dataset.cached, dataset.notes) == (6, 0, [])
+    assert dataset.bucket_table() == {(48, 72): 1, (64, 64): 3, (72, 48): 1, (88, 48): 1}
+    batch = next(b for b in (dataset.load(b) for b in dataset.batches(0, 1)) if b.examples[0].path.stem == "picture0")
+    with torch.no_grad():
+        expected = tiny_parts.vae.encode(pixels(open_rgb(style_dir / "picture0.png"))[None]).latent_dist
+    scale = tiny_parts.vae.config.scaling_factor
+    assert batch.std is not None
+    torch.testing.assert_close(batch.mean, expected.mean * scale)
+    torch.testing.assert_close(batch.std, expected.std * scale)
+    assert batch.mean.shape == (1, 4, 8, 8) and batch.mean.dtype == torch.float32
+
+
+def test_a_second_run_encodes_nothing_and_is_equal(ready):
+    first, second = ready(), ready()
+    assert (second.encoded, second.cached) == (0, 6)
+    for one, other in zip(first.latents, second.latents, strict=True):
+        assert all(torch.equal(one[0][name], other[0][name]) for name in ("mean", "std"))
+
+
+def test_an_edited_picture_is_encoded_again_and_a_new_caption_is_not(ready, style_dir):
+    before = ready()
+    image = Image.open(style_dir / "picture0.png").convert("RGB")
+    image.putpixel((3, 3), (1, 2, 3))
+    image.save(style_dir / "picture0.png")
+    (style_dir / "picture1.txt").write_text("another caption")
+    after = ready()
+    assert (after.encoded, after.cached) == (1, 5)
+    assert not torch.equal(before.latents[0][0]["mean"], after.latents[0][0]["mean"])
+    assert after.examples[1].caption == "another caption"
+
+
+@pytest.mark.parametrize(
+    ("settings", "encoded"),
+    [
+        ({"resolution": 72}, 6),
+        ({"buckets": False}, 3),  # the three square pictures stay as they are
+        ({"background": "black"}, 6),
+        ({"flip": True}, 6),  # the mirrored half only
+        ({"batch_size": 2, "trigger": "x", "caption_dropout": 0.5}, 0),
+    ],
+)
+def test_settings_miss_the_cache_where_they_matter(ready, settings, encoded):
+    ready()
+    assert ready(**settings).encoded == encoded
+
+
+def test_another_vae_misses_the_cache(ready, tiny_parts):
+    ready()
+    with torch.no_grad():
+        next(tiny_parts.vae.parameters()).view(-1)[0] += 0.5
+    assert ready().encoded == 6
+
+
+def test_what_is_cached_already_does_not_change_the_rest(ready, tiny_parts, style_dir, tmp_path):
+    warm = Cache(tmp_path / "warm")
+    found = scan(style_dir)
+    prepare(tiny_parts, scan(style_dir), DataSection(), 0, warm)
+    for path in sorted(warm.folder.rglob("*.safetensors"))[::2]:
+        path.unlink()
+    mixed, cold = prepare(tiny_parts, found, DataSection(), 0, warm), ready()
+    assert 0 < mixed.encoded < 6
+    for one, other in zip(mixed.latents, cold.latents, strict=True):
+        assert torch.equal(one[0]["mean"], other[0]["mean"])
+
+
+def test_flips_and_random_crops(ready, tiny_parts, style_dir):
+    dataset = ready(flip=True, crop="random", num_crops=3, buckets=False)
+    wide = dataset.examples[1]
+    assert [len(latents) for latents in dataset.latents] == [2, 6, 6, 2, 2, 6]
+    chosen = variants(wide, dataset.fits[1], DataSection(crop="random", num_crops=3, flip=True), 0)
+    assert len(set(chosen)) == 6 and len({v.left for v in chosen}) == 3
+    image = pixels(open_rgb(wide.path))[:, :, chosen[1].left : chosen[1].left + 64].flip(-1)
+    with torch.no_grad():
+        expected = tiny_parts.family.encode_images(tiny_parts, image[None])[0][0]
+    assert chosen[1].flip
+    torch.testing.assert_close(dataset.latents[1][1]["mean"], expected)
+    assert variants(wide, dataset.fits[1], DataSection(crop="random"), 1) != variants(
+        wide, dataset.fits[1], DataSection(crop="random"), 2
+    )
+
+
+def made(counts: list[tuple[int, int, int]], seed: int = 0, num_variants: int = 4) -> Dataset:
+    """A dataset of (width, repeats) pictures with numbers instead of latents."""
+    examples, fits = [], []
+    for width, repeats, how_many in counts:
+        for _ in range(how_many):
+            name = f"{len(examples)}.png"
+            examples.append(Example(Path(name), "", repeats, "g", width, 64, name))
+            fits.append(Fit(width, 64, width, 64))
+    latents = [
+        [{"mean": torch.full((1, 8, fitted.width // 8), i + k / 10)} for k in range(num_variants)]
+        for i, fitted in enumerate(fits)
+    ]
+    return Dataset(examples, fits, latents, seed)
+
+
+MIXED = [(64, 1, 7), (128, 3, 2), (192, 2, 1)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_an_epoch_has_every_picture_as_often_as_it_repeats(batch_size, accumulation):
+    dataset = made(MIXED)
+    for epoch in range(3):
+        batches = dataset.batches(epoch, batch_size)
+        seen = Counter(sample.example for batch in batches for sample in batch)
+        assert seen == {i: e.repeats for i, e in enumerate(dataset.examples)}
+        assert all(1 <= len(batch) <= batch_size for batch in batches)
+        assert all(len({dataset.fits[s.example].width for s in batch}) == 1 for batch in batches)
+        assert math.ceil(len(batches) / accumulation) == dataset.steps_per_epoch(batch_size, accumulation)
+    assert dataset.num_samples == 15 == sum(dataset.bucket_table().values())
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    one, other = made(MIXED), made(MIXED)
+    expected = [one.batches(epoch, 2) for epoch in range(4)]
+    assert [other.batches(epoch, 2) for epoch in (3, 1, 0, 2)] == [expected[k] for k in (3, 1, 0, 2)]
+    assert len({repr(batches) for batches in expected}) == 4
+    assert made(MIXED, seed=1).batches(0, 2) != expected[0]
+
+
+def test_all_variants_come_and_load_gives_the_right_ones():
+    dataset = made(MIXED)
+    seen = {sample.variant for epoch in range(8) for batch in dataset.batches(epoch, 3) for sample in batch}
+    assert seen == {0, 1, 2, 3}
+    for samples in dataset.batches(0, 3):
+        batch = dataset.load(samples)
+        assert batch.std is None
+        assert batch.mean.shape == (len(samples), 1, 8, dataset.fits[samples[0].example].width // 8)
+        for row, sample, example in zip(batch.mean, samples, batch.examples, strict=True):
+            assert example is dataset.examples[sample.example]
+            assert torch.all(row == sample.example + torch.tensor(sample.variant / 10))
+
+
+def test_small_pictures_are_left_out_and_named(tiny_parts, style_dir, tmp_path):
+    Image.new("RGB", (5, 9)).save(style_dir / "tiny.png")
+    told = []
+    found = scan(style_dir)
+    dataset = prepare(
+        tiny_parts, found, DataSection(), 0, Cache(tmp_path), lambda done, total: told.append((done, total))
+    )
+    assert len(dataset.examples) == 6
+    assert dataset.notes == [
+        "1 picture skipped, smaller than 16 pixels a side, even enlarged 2 times: tiny.png (5 x 9)"
+    ]
+    assert told == [(k, 7) for k in range(1, 8)]
+    assert bucket_counts(found.examples, DataSection(), tiny_parts.resolution) == dataset.bucket_table()
+    for path in style_dir.glob("picture*"):
+        path.unlink()
+    with pytest.raises(DatasetError, match=r"all pictures \(1\) are smaller than 16 pixels .* tiny\.png \(5 x 9\)"):
+        prepare(tiny_parts, scan(style_dir), DataSection(), 0, Cache(tmp_path))
+
+
+def test_latents_that_are_not_finite_name_the_picture(tiny_parts, style_dir, tmp_path):
+    with torch.no_grad():
+        next(tiny_parts.vae.parameters()).fill_(math.inf)
+    with pytest.raises(DatasetError, match=r"latents of .*picture0\.png are not finite"):
+        prepare(tiny_parts, scan(style_dir), DataSection(), 0, Cache(tmp_path / "cache"))
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_a_picture_that_changes_meanwhile_is_not_kept_under_a_wrong_name(tiny_parts, style_dir, tmp_path):
+    found = scan(style_dir)
+    Image.new("RGB", (64, 64)).save(style_dir / "picture0.png")
+    with pytest.raises(DatasetError, match=r"picture0\.png has changed while it was being read"):
+        prepare(tiny_parts, found, DataSection(), 0, Cache(tmp_path / "cache"))
+
+
+def test_a_cache_that_cannot_be_written_is_a_note(tiny_parts, style_dir, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    dataset = prepare(tiny_parts, scan(style_dir), DataSection(), 0, Cache(tmp_path / "file"))
+    assert dataset.encoded == 6 and len(dataset.notes) == 1 and "not kept" in dataset.notes[0]
+
+
+def test_transparent_pictures_are_encoded_on_their_background(tiny_parts, tmp_path):
+    folder = tmp_path / "clear"
+    folder.mkdir()
+    Image.fromarray(np.zeros((64, 64, 4), np.uint8)).save(folder / "a.png")
+    got = prepare(tiny_parts, scan(folder, background="#804020"), DataSection(), 0, Cache(tmp_path / "cache"))
+    with torch.no_grad():
+        flat = pixels(Image.new("RGB", (64, 64), "#804020"))[None]
+        expected = tiny_parts.family.encode_images(tiny_parts, flat)[0][0]
+    torch.testing.assert_close(got.latents[0][0]["mean"], expected)
+
+
+def test_a_vae_without_deviation(nano_parts, tmp_path):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    Image.new("RGB", (128, 128), "teal").save(folder / "a.png")
+    for encoded in (1, 0):
+        dataset = prepare(nano_parts, scan(folder), DataSection(), 0, Cache(tmp_path / "cache"))
+        assert dataset.encoded == encoded
+        batch = dataset.load(dataset.batches(0, 4)[0])
+        assert batch.std is None and batch.mean.shape == (1, 4, 16, 16)
