@@ -138,6 +138,9 @@ class TrainSection(Section):
     noise_offset: float = setting(
         0.0, "adds brightness noise of this size per channel; 0.03 to 0.1 helps very dark or bright styles", ge=0, le=1
     )
+    threads: int | None = setting(
+        None, "CPU threads; default: one for the embedded base, whose operations are too small to share, else all", ge=1
+    )
     stop_at: int | None = setting(None, "stop after this many steps as Ctrl-C would; --resume goes on from there", ge=1)
 
 

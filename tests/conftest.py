@@ -15,6 +15,15 @@ from sdlora.families.loading import NANO
 
 
 @pytest.fixture(autouse=True)
+def _one_thread():
+    """Tiny tensors gain nothing from threads, and on a busy machine waiting for each other takes them seconds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
 def _private_cache(tmp_path_factory, monkeypatch):
     """Keeps latents of tests out of the user's cache, and torch's global seed fixed."""
     monkeypatch.setenv("SDLORA_CACHE", str(tmp_path_factory.getbasetemp() / "sdlora-cache"))

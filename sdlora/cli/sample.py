@@ -201,18 +201,19 @@ def _choose_base(wanted: str | None, loras: Sequence[LoraFile]) -> Base:
 
 def _load(base: Base, used: Sequence[_Used], precision: str) -> Parts:
     from sdlora.families import load_parts
+    from sdlora.files.kohya import attach
     from sdlora.files.webui import printable
+    from sdlora.training.device import choose_threads
     from sdlora.training.precision import choose_device, choose_precision, inference_dtype
 
     device = choose_device()
     dtype = inference_dtype(device) if precision == "auto" else choose_precision(precision, device).dtype
-    parts = load_parts(base)
+    parts = load_parts(base).to(device, dtype)
+    choose_threads(parts)
     for u in used:
-        from sdlora.files.kohya import attach
-
         attach(parts, u.file, u.strength)
         click.echo(f"LoRA: {printable(str(u.file.path))} at strength {u.strength:g}")
-    return parts.to(device, dtype)
+    return parts
 
 
 def _clip_skip(wanted: int | None, used: Sequence[_Used]) -> int:

@@ -177,14 +177,16 @@ def prepare(
     return dataset
 
 
-def bucket_counts(examples: Sequence[Example], config: DataSection, resolution: int) -> dict[tuple[int, int], int]:
-    """Returns how many samples an epoch will have of each size (width, height) in pixels, before anything is loaded.
+def bucket_counts(
+    examples: Sequence[Example], config: DataSection, resolution: int
+) -> tuple[int, dict[tuple[int, int], int]]:
+    """Tells before anything is loaded how many pictures will train, and the samples in an epoch by (width, height).
 
     Raises:
         DatasetError: if all pictures are too small.
     """
     fitting, fits, _ = _fitting(examples, config, resolution)
-    return _table(fitting, fits)
+    return len(fitting), _table(fitting, fits)
 
 
 def variants(example: Example, fitted: Fit, config: DataSection, seed: int) -> list[Variant]:

@@ -16,7 +16,7 @@ from sdlora.atomic import write_text
 from sdlora.config import Config, load_config, to_toml
 from sdlora.errors import ConfigError, TrainingError
 
-MAY_CHANGE = {"train.steps", "train.epochs", "train.stop_at", "data.cache_dir"}
+MAY_CHANGE = {"train.steps", "train.epochs", "train.stop_at", "train.threads", "data.cache_dir"}
 """Settings that a resumed run may change, besides all of `samples` and `output`."""
 
 

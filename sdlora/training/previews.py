@@ -29,6 +29,7 @@ from sdlora.sampling.grid import grid
 from sdlora.sampling.infotext import parameters, png_info
 from sdlora.sampling.pipeline import draw
 from sdlora.sampling.prompts import Prompt, parse_prompt, read_prompts, resolve
+from sdlora.sampling.samplers import sampler_name
 from sdlora.training.progress import Reporter
 
 GENERAL_SUBJECTS = ("a castle", "a cat")
@@ -167,6 +168,8 @@ def sample_prompts(config: Config, examples: Sequence[Example], resolution: int)
         sampler=settings.sampler,
     )
     resolved = [resolve(prompt, defaults) for prompt in prompts]
+    for prompt in resolved:
+        sampler_name(prompt.sampler or "")  # an unknown one is an error now, not after the first epoch
     return [
         prompt if prompt.seed is not None else replace(prompt, seed=settings.sample_seed + i)
         for i, prompt in enumerate(resolved)

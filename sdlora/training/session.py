@@ -21,6 +21,7 @@ from sdlora.errors import ConfigError, TrainingError
 from sdlora.families import Parts, identify, load_parts, resolve_base
 from sdlora.sampling.pipeline import overlong
 from sdlora.training.checkpoint import Checkpoint, latest_checkpoint, restore_checkpoint, save_checkpoint
+from sdlora.training.device import choose_threads
 from sdlora.training.export import Exporter
 from sdlora.training.folder import RunFolder, claim, require_space
 from sdlora.training.optimizers import make_optimizer, resolve_learning_rates
@@ -121,8 +122,8 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
     base = resolve_base(config.base.model, reporter.say)
     reporter.say(f"Base: {base.name} ({base.reason})")
     resolution = config.data.resolution or identify(base.folder).native_resolution(base.folder)
-    counts = bucket_counts(pictures.examples, config.data, resolution)
-    plan = make_plan(config, len(pictures.examples), counts.values())
+    num_pictures, counts = bucket_counts(pictures.examples, config.data, resolution)
+    plan = make_plan(config, num_pictures, counts.values())
     reporter.say(plan.sentence())
     prompts = sample_prompts(config, pictures.examples, resolution) if plan.sample_every else []
     checkpoint = _newest(resume, plan, reporter) if resume else None
@@ -136,6 +137,7 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
 
     # The base model and what is computed with it once.
     parts = load_parts(base, prediction=config.base.prediction).to(accelerator.device, precision.dtype)
+    choose_threads(parts, config.train.threads)
     reporter.say(f"Precision: {precision.word} ({precision.reason}). Attention: {attention} ({attention_reason}).")
     denoiser: Any = parts.denoiser
     if attention == "xformers":

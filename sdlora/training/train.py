@@ -74,6 +74,7 @@ def train(config: Config, *, resume: RunFolder | None = None, reporter: Reporter
     """
     started = time.monotonic()
     reporter = reporter or Reporter()
+    threads = torch.get_num_threads()
     try:
         session = set_up(config, resume, reporter)
         plan, run, previews = session.plan, session.run, session.previews
@@ -131,6 +132,7 @@ def train(config: Config, *, resume: RunFolder | None = None, reporter: Reporter
         ) from error
     finally:
         reporter.end()
+        torch.set_num_threads(threads)
 
 
 def _set_learning_rates(session: Session, step: int) -> float:

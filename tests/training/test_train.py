@@ -179,11 +179,12 @@ def test_training_changes_the_adapters_only(settings, monkeypatch):
 
 
 def test_the_loss_falls_when_one_picture_is_learned(settings, tmp_path):
-    folder = tmp_path / "one"
-    folder.mkdir()
+    folder = tmp_path / "one" / "8_red"
+    folder.mkdir(parents=True)
     Image.new("RGB", (64, 64), "red").save(folder / "red.png")
     (folder / "red.txt").write_text("red")
-    result = train(settings(base__model="nano", data__images=folder, data__resolution=64, train__steps=30))
+    flags = {"data__images": folder.parent, "data__resolution": 64, "data__batch_size": 8, "data__caption_dropout": 0}
+    result = train(settings(base__model="nano", train__steps=50, **flags))
     assert result.loss_end < 0.7 * result.loss_start
 
 
