@@ -28,7 +28,9 @@ def factor_shapes(layer: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[i
     if isinstance(layer, nn.Linear):
         return (rank, layer.in_features), (layer.out_features, rank)
     if _is_conv1d(layer):
-        inputs, outputs = layer.weight.shape  # type: ignore[union-attr]
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        inputs, outputs = weight.shape
         return (rank, inputs), (outputs, rank)
     raise TypeError(f"LoRA takes Linear, Conv2d or transformers' Conv1D, got {type(layer).__name__}")
 

@@ -229,14 +229,14 @@ def _clip_skip(wanted: int | None, used: Sequence[_Used]) -> int:
 
 
 def _print_notes(parts: Parts, asked: Sequence[Prompt], wanted: Sequence[Prompt], used: Sequence[_Used]) -> None:
+    from sdlora.files.sidecars import activation_text
     from sdlora.files.webui import printable
-    from sdlora.sampling.origin import trigger
     from sdlora.sampling.pipeline import overlong
 
     for note in dict.fromkeys([*(n for p in asked for n in p.notes), *overlong(parts, wanted)]):
         click.echo(f"Note: {note}")
     for u in used:
-        word = trigger(u.file)
+        word = activation_text(u.file)
         lacking = [p for p in asked if word.lower() not in p.text.lower()]
         if word and lacking and u.strength:
             which = "the prompt lacks" if len(asked) == 1 else f"{len(lacking)} of {len(asked)} prompts lack"

@@ -1,4 +1,4 @@
-"""What a LoRA file says about where it comes from: its base, the word that calls it, the text encoder layer it learned.
+"""What a LoRA file says about where it comes from: its base, and the text encoder layer it learned with.
 
 Metadata comes from strangers. It may choose between things that are already on this machine, and nothing else: it
 starts no download, and what is printed of it goes through `printable`.
@@ -6,11 +6,11 @@ starts no download, and what is printed of it goes through `printable`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sdlora.config import load_config
 from sdlora.errors import ConfigError
@@ -23,16 +23,14 @@ if TYPE_CHECKING:
 
 
 def named_bases(lora: LoraFile) -> list[tuple[str, str]]:
-    """Returns (where it is written, base) for every base that a LoRA file, or the run around it, names; best first.
-
-    Raises:
-        ConfigError: if the `config.toml` beside the file is damaged.
-    """
+    """Returns (where it is written, base) for every base that a LoRA file, or the run around it, names; best first."""
     keys = ("sdlora_base", "ss_sd_model_name")
     named = [(f"{key} in {printable(lora.path.name)}", lora.metadata.get(key, "")) for key in keys]
-    config = lora.path.parent / "config.toml"
+    folder = lora.path.absolute().parent
+    config = (folder.parent if folder.name == "epochs" else folder) / "config.toml"
     if config.is_file():
-        named.append((f"config.toml beside {printable(lora.path.name)}", load_config(config).base.model))
+        with suppress(ConfigError):  # then it is some other program's
+            named.append((f"config.toml of the run of {printable(lora.path.name)}", load_config(config).base.model))
     return [(where, name) for where, name in named if name not in ("", "None", "auto")]  # None: kohya's "nothing"
 
 
@@ -58,23 +56,6 @@ def trained_base(lora: LoraFile, announce: Callable[[str], None] = print) -> tup
         f"{file} was trained on {name} ({named[0][0]}), which is not on this machine;\n"
         "pass --base with an alias, a hub id (it is downloaded then) or a diffusers folder"
     )
-
-
-def trigger(lora: LoraFile) -> str:
-    """Returns the word that calls a LoRA's style: `modelspec.trigger_phrase`, else "activation text" of NAME.json.
-
-    Raises:
-        ConfigError: if NAME.json cannot be read.
-    """
-    phrase: Any = lora.metadata.get("modelspec.trigger_phrase")
-    sidecar = lora.path.with_suffix(".json")
-    if not phrase and sidecar.is_file():
-        try:
-            content = json.loads(sidecar.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read {sidecar}: {error}; repair it or move it away") from error
-        phrase = content.get("activation text") if isinstance(content, dict) else None
-    return phrase.strip() if isinstance(phrase, str) else ""
 
 
 def trained_clip_skip(lora: LoraFile) -> int:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,8 @@ def choose_threads(parts: Parts, wanted: int | None = None) -> int:
         parts: the base.
         wanted: the user's number; `None` decides by the base. `OMP_NUM_THREADS` in the environment also counts as one.
     """
-    narrow = max(parts.denoiser.config["block_out_channels"]) < NARROW  # type: ignore[index]
+    denoiser: Any = parts.denoiser
+    narrow = max(denoiser.config["block_out_channels"]) < NARROW
     if wanted is not None:
         torch.set_num_threads(wanted)
     elif narrow and parts.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:

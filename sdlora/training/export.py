@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from sdlora.adapters import Lora
+from sdlora.atomic import replacing
 from sdlora.config import Config
 from sdlora.data.captions import tag_frequency
 from sdlora.data.dataset import Dataset
@@ -20,9 +20,8 @@ from sdlora.files.certify import Certificate, certify
 from sdlora.files.kohya import write_lora
 from sdlora.files.metadata import Progress, training_metadata
 from sdlora.files.sidecars import write_sidecars
+from sdlora.training.device import DTYPES
 from sdlora.training.plan import Plan
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass
@@ -58,14 +57,16 @@ class Exporter:
             LoraFileError: if the values do not fit the file's number format or the file is not what was trained.
             TrainingError: if it cannot be written.
         """
-        write_lora(
-            path,
-            self.adapters,
-            self.parts.family,
-            self._metadata(path.stem, step),
-            DTYPES[self.config.output.save_dtype],
-        )
-        return certify(path, self.adapters, self.parts)
+        # The final name is given only to a file that has been certified.
+        with replacing(path) as temporary:
+            write_lora(
+                temporary,
+                self.adapters,
+                self.parts.family,
+                self._metadata(path.stem, step),
+                DTYPES[self.config.output.save_dtype],
+            )
+            return certify(temporary, self.adapters, self.parts)
 
     def sidecars(self, path: Path, preview: Image.Image | None) -> None:
         """Writes the files that WebUIs look for beside a LoRA: activation text and preview."""

@@ -37,8 +37,9 @@ def resolve_learning_rates(config: Config, parts: Parts) -> dict[str, float]:
     Source: Yang et al. 2022, arXiv:2203.03466, table 8 (Adam learning rate of hidden weights ~ 1 / fan-in).
     """
     given = config.optimizer.learning_rate
-    width = max(parts.denoiser.config["block_out_channels"])  # type: ignore[index]
-    rate = given if given is not None else BASE_LEARNING_RATE * parts.family.denoiser_width / width
+    denoiser: Any = parts.denoiser
+    width = max(denoiser.config["block_out_channels"])
+    rate: float = given if given is not None else BASE_LEARNING_RATE * parts.family.denoiser_width / width
     rates = {"denoiser": rate}
     if config.lora.text_encoder:
         encoder_rate = config.optimizer.text_encoder_learning_rate or rate / 2

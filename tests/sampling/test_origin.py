@@ -1,6 +1,5 @@
 """A LoRA file may choose between bases that are on this machine, and can do nothing else."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 
 from sdlora.errors import ConfigError
 from sdlora.files.kohya import LoraFile
-from sdlora.sampling.origin import named_bases, trained_base, trained_clip_skip, trigger
+from sdlora.sampling.origin import named_bases, trained_base, trained_clip_skip
 
 
 def origin(path: Path, metadata: dict[str, str] | None = None) -> LoraFile:
@@ -31,7 +30,17 @@ def test_the_run_beside_the_file_is_asked_last(tmp_path):
     (tmp_path / "config.toml").write_text('[base]\nmodel = "nano"\n')
     lora = origin(tmp_path / "a.safetensors", {"ss_sd_model_name": "None"})
     base, where = trained_base(lora)
-    assert base.name == "nano" and where.startswith("config.toml")
+    assert base.name == "nano" and where.startswith("config.toml of the run")
+
+
+def test_an_epochs_file_finds_its_run_and_strange_configurations_are_left_alone(tmp_path):
+    (tmp_path / "config.toml").write_text('[base]\nmodel = "nano"\n')
+    (tmp_path / "epochs").mkdir()
+    (tmp_path / "other").mkdir()
+    assert trained_base(origin(tmp_path / "epochs" / "a-000001.safetensors"))[0].name == "nano"
+    assert named_bases(origin(tmp_path / "other" / "a.safetensors")) == []
+    (tmp_path / "config.toml").write_text("[server]\nport = 1\n")
+    assert named_bases(origin(tmp_path / "a.safetensors")) == []
 
 
 def test_automatic_is_no_name(tmp_path):
@@ -54,23 +63,6 @@ def test_a_base_that_is_not_here_is_named_and_nothing_is_fetched(tmp_path, monke
 def test_a_file_that_names_nothing(tmp_path):
     with pytest.raises(ConfigError, match=r"does not say which base .*--base sd15"):
         trained_base(origin(tmp_path / "a.safetensors"))
-
-
-def test_the_trigger_is_found_in_the_metadata_or_beside_the_file(tmp_path):
-    lora = origin(tmp_path / "a.safetensors")
-    assert trigger(lora) == ""
-    lora.path.with_suffix(".json").write_text(json.dumps({"activation text": " mystyle "}))
-    assert trigger(lora) == "mystyle"
-    assert trigger(origin(lora.path, {"modelspec.trigger_phrase": "other"})) == "other"
-    lora.path.with_suffix(".json").write_text("[1, 2]")
-    assert trigger(lora) == ""
-
-
-def test_a_damaged_sidecar_is_named(tmp_path):
-    lora = origin(tmp_path / "a.safetensors")
-    lora.path.with_suffix(".json").write_text("{")
-    with pytest.raises(ConfigError, match=r"cannot read .*a.json"):
-        trigger(lora)
 
 
 @pytest.mark.parametrize(("text", "skip"), [("2", 2), ("12", 12), ("None", 1), ("", 1), ("0", 1), ("99", 1), ("-2", 1)])
