@@ -191,6 +191,9 @@ class OutputSection(Section):
         None, "epochs between saved LoRA files and checkpoints; default: as often as samples are drawn", ge=1
     )
     keep_checkpoints: int = setting(2, "how many checkpoints (for --resume) are kept", ge=1)
+    tensorboard: bool = setting(
+        False, "also write TensorBoard events into the run's folder (needs sdlora[tensorboard])"
+    )
     save_dtype: Literal["fp16", "bf16", "fp32"] = setting(
         "fp16", "number format of the LoRA file; fp16 loads everywhere"
     )

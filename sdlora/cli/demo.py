@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 
@@ -24,7 +23,7 @@ def examples_folder() -> Path:
 
 
 @click.command("demo", context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--output", type=click.Path(path_type=Path), help="folder of the run; default: runs/demo-<time>")
+@click.option("--output", type=click.Path(path_type=Path), help="folder of the run; default: runs/demo")
 @click.option("--steps", type=click.IntRange(1), default=600, show_default=True, help="training steps")
 def command(output: Path | None, steps: int) -> None:
     """Train on the 30 pictures that come with sdlora and draw a before/after grid.
@@ -38,16 +37,48 @@ def command(output: Path | None, steps: int) -> None:
     result = train(demo_config(output, steps), reporter=terminal_reporter())
     click.echo(describe(result))
     if result.samples:
-        sheet = result.folder / "grid.png"
-        shutil.copyfile(result.samples, sheet)
-        click.echo(f"\nSubjects that were not in the pictures, without and with the LoRA: {sheet}")
-        click.echo(f"The pictures it learned from: {examples_folder()}")
+        sheet = save_grid(result.folder, result.samples.with_suffix(""))
+        click.echo(f"\nOther subjects, without and with the LoRA, beside some of the pictures it learned from: {sheet}")
         click.echo(f"Done in {duration(result.seconds)}.")
+
+
+def save_grid(folder: Path, drawn: Path) -> Path:
+    """Writes `grid.png`: the held-out subjects without and with the LoRA, and examples of the style to compare with.
+
+    Args:
+        folder: the run's folder.
+        drawn: folder of the samples with the LoRA.
+    """
+    from PIL import Image
+
+    from sdlora.atomic import replacing
+    from sdlora.sampling.grid import grid
+
+    def opened(path: Path) -> Image.Image:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+
+    examples = sorted(examples_folder().glob("*.png"))
+    rows = [
+        [
+            opened(folder / "samples" / "base" / f"{i:02d}.png"),
+            opened(drawn / f"{i:02d}.png"),
+            opened(examples[i * len(examples) // len(HELD_OUT)]),
+        ]
+        for i in range(len(HELD_OUT))
+    ]
+    target = folder / "grid.png"
+    with replacing(target) as path:
+        grid(rows, row_labels=HELD_OUT, column_labels=["base", "LoRA", "learned from"]).save(path)
+    return target
 
 
 def demo_config(output: Path | None, steps: int) -> Config:
     """Returns the settings of the demo."""
-    output = output or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
+    if output is None:
+        output = Path("runs") / "demo"
+        if output.exists():
+            output = output.with_name(f"demo-{time.strftime('%Y%m%d-%H%M%S')}")
     flags = {
         "base.model": "nano",
         "data.images": examples_folder(),

@@ -84,7 +84,7 @@ class Previews:
         name = f"epoch-{epoch:06d}"
         with file_values(self.adapters, lora):
             images = self._draw(name, (lora,), reporter)
-        self._save_grid(self.grid_path(epoch), [base, images], ["base", f"epoch {epoch}"])
+        self._save_grid(self.grid_path(epoch), [base, images], ["base", f"LoRA, epoch {epoch}"])
         return images
 
     def grid_path(self, epoch: int) -> Path:

@@ -20,6 +20,7 @@ from sdlora.diffusion.noise import generator
 from sdlora.errors import ConfigError, TrainingError
 from sdlora.families import Parts, identify, load_parts, resolve_base
 from sdlora.sampling.pipeline import overlong
+from sdlora.training.board import Board, require_tensorboard
 from sdlora.training.checkpoint import Checkpoint, latest_checkpoint, restore_checkpoint, save_checkpoint
 from sdlora.training.device import choose_threads
 from sdlora.training.export import Exporter
@@ -53,6 +54,7 @@ class Session:
         rates: full learning rate of each component.
         exporter: writes LoRA files.
         previews: draws samples, or `None`.
+        board: writes TensorBoard events, or `None`.
         start: steps done in earlier sessions.
     """
 
@@ -69,7 +71,14 @@ class Session:
     rates: Mapping[str, float]
     exporter: Exporter
     previews: Previews | None
+    board: Board | None = None
     start: int = 0
+
+    def log(self, entry: Mapping[str, Any]) -> None:
+        """Records the numbers of a step."""
+        self.run.log(entry)
+        if self.board:
+            self.board.write(entry)
 
     def save(self, step: int) -> None:
         """Writes a checkpoint."""
@@ -116,6 +125,8 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
     # Pictures, base and length, before anything heavy is loaded.
     if config.data.images is None:
         raise ConfigError("no pictures: give --images FOLDER")
+    if config.output.tensorboard:
+        require_tensorboard()
     cache = Cache(config.data.cache_dir)
     pictures = scan(config.data.images, config.data.trigger, config.data.background, cache=cache)
     reporter.say(pictures.summary())
@@ -174,6 +185,7 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
         rates=rates,
         exporter=Exporter(config, parts, adapters, dataset, plan, rates, precision.word),
         previews=Previews(parts, adapters, prompts, run.samples, config.base.clip_skip) if prompts else None,
+        board=Board(run.root / "tensorboard") if config.output.tensorboard else None,
     )
     if checkpoint:
         session.resume(checkpoint)

@@ -96,7 +96,7 @@ def train(config: Config, *, resume: RunFolder | None = None, reporter: Reporter
 
                 # What the user sees of it.
                 meter.add(loss, samples)
-                run.log(
+                session.log(
                     {
                         "step": step,
                         "epoch": (step - 1) // plan.steps_per_epoch + 1,
@@ -215,6 +215,8 @@ def _finish(session: Session, step: int, interrupted: bool, started: float, repo
     plan, run, previews = session.plan, session.run, session.previews
     finished = step == plan.total_steps
     session.save(step)
+    if session.board:
+        session.board.close()
     file = run.lora if finished else run.root / f"{run.name}-step{step:08d}.safetensors"
     certificate = session.exporter.export(file, step)
     preview, samples = None, None

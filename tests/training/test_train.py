@@ -214,6 +214,25 @@ def test_bf16_trains_fp32_masters(settings):
     assert all(t.dtype == torch.float32 for t in tensors(result).values())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard.*")
+def test_tensorboard_gets_every_step(settings):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = train(settings(output__tensorboard=True, train__steps=3))
+    events = EventAccumulator(str(result.folder / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+
+
+def test_tensorboard_is_refused_where_it_is_missing(settings, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"sdlora\[tensorboard\]"):
+        train(settings(output__tensorboard=True))
+
+
 def test_ctrl_c_saves_and_the_run_goes_on(settings):
     assert threading.current_thread() is threading.main_thread()
     notes = Notes(on_step=lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 2 else None)
