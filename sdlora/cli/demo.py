@@ -9,7 +9,7 @@ import click
 
 from sdlora.config import Config, load_config
 
-HELD_OUT = ("dog face", "panda", "koala", "mushroom", "cookie", "monkey face", "pear", "wolf")
+HELD_OUT = ("dog face", "koala", "mushroom", "cookie", "monkey face", "egg", "tomato", "lemon")
 """Prompts of the grid: subjects that the miniature base knows and that are not among the example pictures."""
 
 
@@ -85,7 +85,8 @@ def demo_config(output: Path | None, steps: int) -> Config:
         "output.output": output,
         "output.name": "demo",
         "train.steps": steps,
-        "samples.sample_prompts": list(HELD_OUT),
+        "samples.sample_prompts": [f"{subject} --d 3" for subject in HELD_OUT],
+        "samples.sample_cfg": 4.0,
         "samples.sample_every": 10**6,  # at the end only
     }
     return load_config(None, flags)
