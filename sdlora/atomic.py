@@ -33,7 +33,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _flush(path.parent)
     except OSError as error:
-        raise TrainingError(_explain(path, error)) from error
+        raise TrainingError(explain(path, error)) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -69,7 +69,8 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _explain(path: Path, error: OSError) -> str:
+def explain(path: Path, error: OSError) -> str:
+    """Says why a file could not be written, and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left on the disk for {path}; free some and run again, nothing written before was lost"
     return f"cannot write {path}: {error.strerror or error}"

@@ -55,7 +55,8 @@ def command(file: Path, as_json: bool) -> None:
 
 def describe(lora: LoraFile) -> Report:
     """Gathers the report on a LoRA file: plain values, texts as they stand in the file."""
-    from sdlora.files.kohya import DTYPE_WORDS, looks_like
+    from sdlora.files.attach import looks_like
+    from sdlora.files.kohya import DTYPE_WORDS
     from sdlora.files.sidecars import activation_text
     from sdlora.files.webui import a1111_version, forge_version
 

@@ -201,7 +201,7 @@ def _choose_base(wanted: str | None, loras: Sequence[LoraFile]) -> Base:
 
 def _load(base: Base, used: Sequence[_Used], precision: str) -> Parts:
     from sdlora.families import load_parts
-    from sdlora.files.kohya import attach
+    from sdlora.files.attach import attach
     from sdlora.files.webui import printable
     from sdlora.training.device import choose_threads
     from sdlora.training.precision import choose_device, choose_precision, inference_dtype

@@ -20,25 +20,11 @@ from torch import Tensor
 from sdlora.adapters import Lora
 from sdlora.atomic import write_bytes
 from sdlora.errors import LoraFileError
-from sdlora.files.attach import attach, looks_like
 from sdlora.files.container import Container, legacy_hash, model_hash, open_container, serialize
 from sdlora.files.formats import ALPHA, DOWN, UP, require_kohya
 
 if TYPE_CHECKING:
     from sdlora.families import Family
-
-__all__ = [
-    "DTYPE_WORDS",
-    "LoraFile",
-    "ModuleWeights",
-    "adapter_tensors",
-    "attach",
-    "looks_like",
-    "module_names",
-    "read_lora",
-    "update_norm",
-    "write_lora",
-]
 
 DTYPE_WORDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 """Number formats that LoRA tensors are read from, and their names in `output.save_dtype`."""

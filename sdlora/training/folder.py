@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdlora.atomic import write_text
+from sdlora.atomic import explain, write_text
 from sdlora.config import Config, load_config, to_toml
 from sdlora.errors import ConfigError, TrainingError
 
@@ -62,10 +62,17 @@ class RunFolder:
         return self.root / "metrics.jsonl"
 
     def log(self, entry: Mapping[str, Any]) -> None:
-        """Appends a line to the metrics; JSON has no NaN, so what is not finite becomes null."""
+        """Appends a line to the metrics; JSON has no NaN, so what is not finite becomes null.
+
+        Raises:
+            TrainingError: if the disk is full.
+        """
         entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise TrainingError(explain(self.metrics, error)) from error
 
     def forget_after(self, step: int) -> None:
         """Drops the lines of steps beyond `step`, which a resumed run does again."""

@@ -83,7 +83,11 @@ class Session:
     def save(self, step: int) -> None:
         """Writes a checkpoint."""
         scaler = self.accelerator.scaler
-        facts = {"dataset": digest(self.dataset), "scaler": scaler.state_dict() if scaler is not None else None}
+        facts = {
+            "dataset": digest(self.dataset),
+            "total_steps": self.plan.total_steps,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
         save_checkpoint(
             self.run.checkpoints,
             step,
@@ -234,6 +238,12 @@ def _newest(run: RunFolder, plan: Plan, reporter: Reporter) -> Checkpoint:
     if checkpoint.step >= plan.total_steps:
         raise ConfigError(
             f"{run.root} is finished: {checkpoint.step} of {plan.total_steps} steps are done; give more with --steps"
+        )
+    before = checkpoint.facts.get("total_steps")
+    if before != plan.total_steps:
+        reporter.warn(
+            f"the learning rate's course was planned for {before} steps and now for {plan.total_steps}, so this run "
+            "will differ from one planned so from the start; to split a run exactly, use --stop-at"
         )
     return checkpoint
 

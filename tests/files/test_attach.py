@@ -7,7 +7,8 @@ import torch
 
 from sdlora.adapters import Target, adapters_in, eject, find_layers
 from sdlora.errors import LoraFileError
-from sdlora.files.kohya import LoraFile, ModuleWeights, attach, looks_like, read_lora, write_lora
+from sdlora.files.attach import attach, looks_like
+from sdlora.files.kohya import LoraFile, ModuleWeights, read_lora, write_lora
 
 
 def lora_file(modules: dict[str, tuple[tuple[int, ...], tuple[int, ...]]], **metadata: str) -> LoraFile:

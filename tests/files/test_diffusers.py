@@ -8,7 +8,8 @@ import torch
 from diffusers import DDIMScheduler
 from peft.tuners.lora import LoraLayer
 
-from sdlora.files.kohya import attach, read_lora, write_lora
+from sdlora.files.attach import attach
+from sdlora.files.kohya import read_lora, write_lora
 
 
 @pytest.fixture

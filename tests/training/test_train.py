@@ -255,7 +255,10 @@ def test_a_finished_run_can_be_prolonged(settings):
     done = train(settings(optimizer__schedule="constant", train__steps=3))
     with pytest.raises(ConfigError, match="is finished: 3 of 3"):
         go_on(done.folder)
-    longer = go_on(done.folder, train__steps=6)
+    run, config = reopen(done.folder, {"train.steps": 6}, ())
+    notes = Notes()
+    longer = train(config, resume=run, reporter=notes)
+    assert any("planned for 3 steps and now for 6, so this run" in line for line in notes.lines)
     assert equal(tensors(longer), tensors(train(settings("b", optimizer__schedule="constant"))))
 
 
@@ -283,6 +286,17 @@ def test_a_folder_is_never_overwritten(settings, tmp_path):
 def test_a_diverging_run_stops_and_names_the_pictures(settings):
     with pytest.raises(TrainingError, match=r"not finite in 3 steps in a row.*picture"):
         train(settings(optimizer__learning_rate=10, train__steps=60, train__max_grad_norm=0, optimizer__warmup=0))
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_a_word(settings, monkeypatch):
+    from sdlora.training.folder import RunFolder
+
+    done = train(settings(train__stop_at=2))
+    monkeypatch.setattr(RunFolder, "metrics", Path("/dev/full"))
+    with pytest.raises(TrainingError, match="no space left on the disk"):
+        go_on(done.folder)
+    monkeypatch.undo()
+    assert go_on(done.folder).finished
 
 
 def test_no_space_is_noticed_before_the_work(settings, monkeypatch):
