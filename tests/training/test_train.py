@@ -1,5 +1,6 @@
 """The whole line on small pictures: reproducible, resumable, exact, and honest about what goes wrong."""
 
+import errno
 import hashlib
 import json
 import os
@@ -289,14 +290,19 @@ def test_a_diverging_run_stops_and_names_the_pictures(settings):
 
 
 def test_a_disk_that_fills_up_ends_the_run_with_a_word(settings, monkeypatch):
-    from sdlora.training.folder import RunFolder
+    half = train(settings(train__stop_at=2))
+    open_file = Path.open
 
-    done = train(settings(train__stop_at=2))
-    monkeypatch.setattr(RunFolder, "metrics", Path("/dev/full"))
-    with pytest.raises(TrainingError, match="no space left on the disk"):
-        go_on(done.folder)
-    monkeypatch.undo()
-    assert go_on(done.folder).finished
+    def full(path, mode="r", **options):
+        if mode == "a":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return open_file(path, mode, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(TrainingError, match="no space left on the disk"):
+            go_on(half.folder)
+    assert go_on(half.folder).finished
 
 
 def test_no_space_is_noticed_before_the_work(settings, monkeypatch):
