@@ -104,12 +104,11 @@ def run_name(config: Config) -> str:
     return re.sub(r"[^\w.-]+", "_", config.data.images.resolve().name).strip("._") or "style"
 
 
-def claim(config: Config) -> RunFolder:
-    """Makes the folder of a new run and writes its configuration there.
+def choose_folder(config: Config) -> RunFolder:
+    """Returns the folder of a new run; writes nothing yet.
 
     Raises:
         ConfigError: if the folder holds something already.
-        TrainingError: if it cannot be written.
     """
     name = run_name(config)
     root = config.output.output or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -122,9 +121,7 @@ def claim(config: Config) -> RunFolder:
                 "or give another folder"
             )
         raise ConfigError(f"--output {root} is not empty; give a new folder, so that nothing in it can be overwritten")
-    run = RunFolder(root, name)
-    _write_config(run, config)
-    return run
+    return RunFolder(root, name)
 
 
 def reopen(root: Path, flags: Mapping[str, Any], assignments: tuple[str, ...]) -> tuple[RunFolder, Config]:
@@ -162,12 +159,15 @@ def reopen(root: Path, flags: Mapping[str, Any], assignments: tuple[str, ...]) -
     if not any("stop_at" in given for given in (*flags, *assignments)):
         new = _with(new, "train", stop_at=None)  # it said where the earlier session stops
     run = RunFolder(root, run_name(old))
-    _write_config(run, new)
     return run, new
 
 
-def _write_config(run: RunFolder, config: Config) -> None:
-    # With whole paths, so that the run can be resumed from another working folder.
+def claim(run: RunFolder, config: Config) -> None:
+    """Makes the folder of a run and writes its settings there, with whole paths: it may be resumed from elsewhere.
+
+    Raises:
+        TrainingError: if it cannot be written.
+    """
     assert config.data.images is not None
     config = _with(config, "data", images=config.data.images.resolve())
     if (base := Path(config.base.model).expanduser()).is_dir():
@@ -183,9 +183,10 @@ def require_space(root: Path, needed: int) -> None:
     """Checks the free disk space before hours of work.
 
     Raises:
-        TrainingError: if fewer than `needed` bytes are free where `root` lies.
+        TrainingError: if fewer than `needed` bytes are free where `root` lies, or will lie.
     """
-    free = shutil.disk_usage(root).free
+    there = next(place for place in (root.absolute(), *root.absolute().parents) if place.is_dir())
+    free = shutil.disk_usage(there).free
     if free < needed:
         raise TrainingError(
             f"{root} has {free / 1e6:.0f} MB free, and this run writes up to {needed / 1e6:.0f} MB; free some, "

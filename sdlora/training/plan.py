@@ -46,17 +46,19 @@ class Plan:
 
     def sentence(self) -> str:
         """Says the plan in one sentence, for the person at the terminal."""
+        epochs = round(self.total_steps / self.steps_per_epoch, 1)
         looks = self.total_steps * self.samples_per_epoch / self.steps_per_epoch / self.num_pictures
+        often = f"about {looks:.0f} times" if looks >= 1.5 else "about once" if looks > 0.5 else "at most once"
         batch = f"batches of {self.batch_size}"
         if self.accumulation > 1:
             batch += f", {self.accumulation} to a step"
-        events = f"a LoRA file every {_count(self.save_every, 'epoch')}"
+        events = f"a LoRA file {self._every(self.save_every)}"
         if self.sample_every:
-            events = f"samples every {_count(self.sample_every, 'epoch')}, " + events
+            events = f"samples {self._every(self.sample_every)}, " + events
         return (
             f"Plan: {_count(self.total_steps, 'step')} over {_count(self.num_pictures, 'picture')} in {batch}: "
-            f"{_count(self.num_epochs, 'epoch')} of {_count(self.steps_per_epoch, 'step')}, "
-            f"each picture about {looks:.0f} times; {events}."
+            f"{epochs:g} epoch{'s' * (epochs != 1)} of {_count(self.steps_per_epoch, 'step')}, "
+            f"each picture {often}; {events}."
         )
 
     def ends_epoch(self, step: int) -> bool:
@@ -70,6 +72,11 @@ class Plan:
     def saves_after(self, step: int) -> bool:
         """Tells whether a LoRA file and a checkpoint are written after the step, counted from 0."""
         return self._due(step, self.save_every)
+
+    def _every(self, epochs: int) -> str:
+        if epochs >= self.num_epochs:
+            return "at the end"
+        return "every epoch" if epochs == 1 else f"every {epochs} epochs"
 
     def _due(self, step: int, every: int) -> bool:
         if not every or not self.ends_epoch(step):

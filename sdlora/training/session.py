@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from sdlora.training.board import Board, require_tensorboard
 from sdlora.training.checkpoint import Checkpoint, latest_checkpoint, restore_checkpoint, save_checkpoint
 from sdlora.training.device import choose_threads
 from sdlora.training.export import Exporter
-from sdlora.training.folder import RunFolder, claim, require_space
+from sdlora.training.folder import RunFolder, choose_folder, claim, require_space
 from sdlora.training.optimizers import make_optimizer, resolve_learning_rates
 from sdlora.training.plan import Plan, make_plan
 from sdlora.training.precision import choose_attention, choose_device, choose_precision
@@ -141,6 +141,7 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
     plan = make_plan(config, num_pictures, counts.values())
     reporter.say(plan.sentence())
     prompts = sample_prompts(config, pictures.examples, resolution) if plan.sample_every else []
+    run = resume or choose_folder(config)
     checkpoint = _newest(resume, plan, reporter) if resume else None
     device = choose_device()
     precision = choose_precision(config.train.precision, device)
@@ -159,8 +160,6 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
         denoiser.enable_xformers_memory_efficient_attention()
     if config.train.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-    run = resume or claim(config)
-    reporter.say(f"Run folder: {run.root}")
     reporter.begin("caching latents", len(pictures.examples))
     dataset = prepare(parts, pictures, config.data, config.train.seed, cache, lambda done, total: reporter.advance())
     reporter.end()
@@ -189,12 +188,15 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
         rates=rates,
         exporter=Exporter(config, parts, adapters, dataset, plan, rates, precision.word),
         previews=Previews(parts, adapters, prompts, run.samples, config.base.clip_skip) if prompts else None,
-        board=Board(run.root / "tensorboard") if config.output.tensorboard else None,
     )
     if checkpoint:
         session.resume(checkpoint)
         reporter.say(f"Resumed at step {session.start} of {plan.total_steps}")
-    _require_space(session)
+    _require_space(run, plan, config, trainable)
+    claim(run, config)
+    if config.output.tensorboard:
+        session.board = Board(run.root / "tensorboard")
+    reporter.say(f"Run folder: {run.root}")
     return session
 
 
@@ -264,10 +266,9 @@ def _describe(adapters: Adapters, rates: Mapping[str, float], config: Config) ->
     return f"LoRA: rank {config.lora.rank}, alpha {alpha:g}, in {layers}; {count:,} numbers train, learning rate {rate}"
 
 
-def _require_space(session: Session) -> None:
-    numbers = sum(p.numel() for p in session.trainable)
-    bytes_each = 4 if session.config.output.save_dtype == "fp32" else 2
-    plan = session.plan
+def _require_space(run: RunFolder, plan: Plan, config: Config, trainable: Sequence[nn.Parameter]) -> None:
+    numbers = sum(p.numel() for p in trainable)
+    bytes_each = 4 if config.output.save_dtype == "fp32" else 2
     files = 2 + plan.num_epochs // plan.save_every + (plan.num_epochs // plan.sample_every if plan.sample_every else 0)
-    checkpoints = session.config.output.keep_checkpoints + 1  # the new one is written before the oldest goes
-    require_space(session.run.root, numbers * (bytes_each * files + 12 * checkpoints))
+    checkpoints = config.output.keep_checkpoints + 1  # the new one is written before the oldest goes
+    require_space(run.root, numbers * (bytes_each * files + 12 * checkpoints))
