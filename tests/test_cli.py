@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from sdlora.cli.main import COMMANDS, cli, main
-from sdlora.config import all_settings, load_config
+from sdlora.config import all_settings
+from sdlora.config_io import load_config
 
 ROOT = Path(__file__).parent.parent
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sdlora.config import Config, all_settings, load_config, to_toml
+from sdlora.config import Config, all_settings
+from sdlora.config_io import load_config, to_toml
 from sdlora.errors import ConfigError
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from sdlora.config import Config, to_toml
+from sdlora.config import Config
+from sdlora.config_io import to_toml
 
 
 @click.command("defaults")

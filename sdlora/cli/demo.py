@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from sdlora.config import Config, load_config
+from sdlora.config import Config
+from sdlora.config_io import load_config
 
 HELD_OUT = ("dog face", "koala", "mushroom", "cookie", "monkey face", "egg", "tomato", "lemon")
 """Prompts of the grid: subjects that the miniature base knows and that are not among the example pictures."""

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from sdlora.cli.options import all_help, given, setting_options
-from sdlora.config import load_config
+from sdlora.config_io import load_config
 
 
 def _show_all(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:

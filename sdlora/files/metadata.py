@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdlora import __version__
-from sdlora.config import Config, to_toml
+from sdlora.config import Config
+from sdlora.config_io import to_toml
 from sdlora.files.shareable import repository, shareable, without_folders
 
 if TYPE_CHECKING:

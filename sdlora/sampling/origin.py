@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdlora.config import load_config
+from sdlora.config_io import load_config
 from sdlora.errors import ConfigError
 from sdlora.families import Base, hub, resolve_base
 from sdlora.families.loading import ALIASES

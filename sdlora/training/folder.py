@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.atomic import explain, write_text
-from sdlora.config import Config, load_config, to_toml
+from sdlora.config import Config
+from sdlora.config_io import load_config, to_toml
 from sdlora.errors import ConfigError, TrainingError
 
 MAY_CHANGE = {"train.steps", "train.epochs", "train.stop_at", "train.threads", "data.cache_dir"}

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from sdlora.config import Config, load_config, to_toml
+from sdlora.config import Config
+from sdlora.config_io import load_config, to_toml
 from sdlora.diffusion.schedule import Schedule
 from sdlora.files.metadata import Progress, training_metadata
 from sdlora.files.shareable import shareable

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdlora.config import load_config
+from sdlora.config_io import load_config
 from sdlora.training.folder import reopen
 from sdlora.training.train import train
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdlora.config import load_config, to_toml
+from sdlora.config_io import load_config, to_toml
 from sdlora.training.folder import reopen
 from sdlora.training.train import train
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from sdlora.config import load_config
+from sdlora.config_io import load_config
 from sdlora.training.lr import SCHEDULES, learning_rate_factor
 from sdlora.training.meter import Meter
 from sdlora.training.optimizers import make_optimizer, resolve_learning_rates

@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdlora.config import Config, load_config
+from sdlora.config import Config
+from sdlora.config_io import load_config
 from sdlora.errors import ConfigError, SdloraError, TrainingError
 from sdlora.training import session as session_module
 from sdlora.training.folder import reopen
