@@ -203,12 +203,17 @@ def _load(base: Base, used: Sequence[_Used], precision: str) -> Parts:
     from sdlora.families import load_parts
     from sdlora.files.attach import attach
     from sdlora.files.webui import printable
+    from sdlora.sampling.origin import trained_prediction
     from sdlora.training.device import choose_threads
     from sdlora.training.precision import choose_device, choose_precision, inference_dtype
 
     device = choose_device()
     dtype = inference_dtype(device) if precision == "auto" else choose_precision(precision, device).dtype
-    parts = load_parts(base).to(device, dtype)
+    predictions = [trained_prediction(u.file) for u in used]
+    prediction = next((p for p in predictions if p != "auto"), "auto")
+    if prediction != "auto":
+        click.echo(f"Prediction: {prediction} (training was told so)")
+    parts = load_parts(base, prediction=prediction).to(device, dtype)
     choose_threads(parts)
     for u in used:
         attach(parts, u.file, u.strength)
@@ -225,6 +230,11 @@ def _clip_skip(wanted: int | None, used: Sequence[_Used]) -> int:
     skip = trained_clip_skip(used[0].file)
     if skip != 1:
         click.echo(f"Clip skip: {skip} ({printable(used[0].file.path.name)} was trained with it)")
+    others = [u.file.path.name for u in used[1:] if trained_clip_skip(u.file) != skip]
+    if others:
+        click.echo(
+            f"Note: {printable(', '.join(others))} had another clip skip; the first LoRA decides, --clip-skip overrides"
+        )
     return skip
 
 

@@ -99,6 +99,14 @@ class Dataset:
         """Returns how many samples an epoch has of each size (width, height) in pixels."""
         return _table(self.examples, self.fits)
 
+    def aspect_error(self) -> float:
+        """Returns the mean |bucket's width / height - picture's width / height| over the samples of an epoch."""
+        errors = [
+            (abs(f.width / f.height - e.width / e.height), e.repeats)
+            for e, f in zip(self.examples, self.fits, strict=True)
+        ]
+        return sum(error * repeats for error, repeats in errors) / self.num_samples
+
     def steps_per_epoch(self, batch_size: int, accumulation: int = 1) -> int:
         """Returns the optimizer steps in an epoch; each takes `accumulation` batches, the last what is left."""
         batches = sum(math.ceil(count / batch_size) for count in self.bucket_table().values())

@@ -46,7 +46,7 @@ class Example:
         path: the file.
         caption: its caption in one line as it was read, else the trigger word, else its folder's words, else empty.
         repeats: how often it is seen in an epoch.
-        group: the folder directly below the one that was given, e.g. `10_style`, or that one itself.
+        group: its `10_style` folder, else the folder directly below the one that was given, else that one itself.
         width: in pixels, upright.
         height: in pixels, upright.
         digest: SHA-256 of the file's bytes, in hex.
@@ -230,10 +230,11 @@ def _group(tree: Tree, path: Path) -> tuple[str, int, str]:
     inside = path.relative_to(tree.root).parts
     if len(inside) == 1:
         return tree.root.resolve().name or "images", 1, ""
-    match = _REPEATS.fullmatch(inside[0])
-    if not match or int(match[1]) > MAX_REPEATS:
-        return inside[0], 1, ""
-    return inside[0], int(match[1]), match[2].replace("_", " ").strip()
+    for folder in inside[:-1]:
+        match = _REPEATS.fullmatch(folder)
+        if match and int(match[1]) <= MAX_REPEATS:
+            return folder, int(match[1]), match[2].replace("_", " ").strip()
+    return inside[0], 1, ""
 
 
 def _examples(

@@ -93,9 +93,16 @@ def encode_prompts(parts: Parts, texts: Sequence[str], clip_skip: int = 1) -> Co
         texts: B prompts; what lies beyond 75 tokens is not seen.
         clip_skip: 1 takes the last layer, n the n-th from the end; both through the final layer norm.
 
+    Raises:
+        ModelError: if the encoder has fewer layers.
+
     Source: sd-scripts' `get_hidden_states`, AUTOMATIC1111's "Clip skip".
     """
-    encoder, tokenizer = parts.text_encoders["text_encoder"], parts.tokenizers["text_encoder"]
+    encoder: Any = parts.text_encoders["text_encoder"]
+    tokenizer = parts.tokenizers["text_encoder"]
+    layers = encoder.config.num_hidden_layers
+    if clip_skip > layers:
+        raise ModelError(f"clip skip {clip_skip} is too deep: the text encoder of {parts.name} has {layers} layers")
     tokens = tokenizer(
         list(texts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
     )

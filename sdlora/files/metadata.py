@@ -54,6 +54,7 @@ def training_metadata(
     dataset_dirs: Mapping[str, Mapping[str, int]],
     tag_frequency: Mapping[str, Mapping[str, int]],
     bucket_table: Mapping[tuple[int, int], int],
+    aspect_error: float,
     learning_rates: Mapping[str, float],
     output_name: str,
     session_id: int,
@@ -68,6 +69,7 @@ def training_metadata(
         dataset_dirs: by folder name: `n_repeats` and `img_count`.
         tag_frequency: by folder name: how often each tag occurs.
         bucket_table: pictures, repeats counted, by (width, height) in pixels.
+        aspect_error: mean difference of width / height between a picture and its bucket.
         learning_rates: full learning rate by component, as resolved; `denoiser` and perhaps text encoders.
         output_name: stem of the file; WebUIs call the LoRA by it.
         session_id: a number that all files of one session share.
@@ -96,7 +98,7 @@ def training_metadata(
         **_captions(config),
         **_validation(),
         **_data(config, resolution, bucket_table),
-        **_tables(dataset_dirs, tag_frequency, bucket_table),
+        **_tables(dataset_dirs, tag_frequency, bucket_table, aspect_error),
         **_ours(config, parts),
         **_modelspec(config, parts, progress, output_name, resolution),
     }
@@ -244,6 +246,7 @@ def _tables(
     dataset_dirs: Mapping[str, Mapping[str, int]],
     tag_frequency: Mapping[str, Mapping[str, int]],
     bucket_table: Mapping[tuple[int, int], int],
+    aspect_error: float,
 ) -> dict[str, Any]:
     """The values that are JSON; WebUIs fail on them unless they are objects."""
     buckets = {
@@ -254,7 +257,7 @@ def _tables(
         "ss_dataset_dirs": json.dumps({name: dict(facts) for name, facts in dataset_dirs.items()}),
         "ss_reg_dataset_dirs": json.dumps({}),
         "ss_tag_frequency": json.dumps({name: dict(tags) for name, tags in tag_frequency.items()}),
-        "ss_bucket_info": json.dumps({"buckets": buckets, "mean_img_ar_error": None}),
+        "ss_bucket_info": json.dumps({"buckets": buckets, "mean_img_ar_error": aspect_error}),
     }
 
 

@@ -7,12 +7,14 @@ starts no download, and what is printed of it goes through `printable`.
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdlora.config_io import load_config
+from sdlora.diffusion.schedule import PREDICTIONS
 from sdlora.errors import ConfigError
 from sdlora.families import Base, hub, resolve_base
 from sdlora.families.loading import ALIASES
@@ -62,6 +64,15 @@ def trained_clip_skip(lora: LoraFile) -> int:
     """Returns the text encoder layer, counted from the end, that a LoRA was trained with; 1 where it does not say."""
     text = lora.metadata.get("ss_clip_skip", "")
     return int(text) if re.fullmatch(r"[1-9]|1[0-2]", text) else 1
+
+
+def trained_prediction(lora: LoraFile) -> str:
+    """Returns the prediction type that was forced on the base in training, else "auto": the base's own word holds."""
+    try:
+        forced = tomllib.loads(lora.metadata.get("sdlora_config", ""))["base"]["prediction"]
+    except (tomllib.TOMLDecodeError, KeyError, TypeError):
+        return "auto"
+    return forced if forced in PREDICTIONS else "auto"
 
 
 def _is_here(name: str) -> bool:

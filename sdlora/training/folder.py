@@ -17,8 +17,8 @@ from sdlora.config import Config
 from sdlora.config_io import load_config, to_toml
 from sdlora.errors import ConfigError, TrainingError
 
-MAY_CHANGE = {"train.steps", "train.epochs", "train.stop_at", "train.threads", "data.cache_dir"}
-"""Settings that a resumed run may change, besides all of `samples` and `output`."""
+MAY_CHANGE = {"train.steps", "train.epochs", "train.stop_at", "train.threads", "train.precision", "data.cache_dir"}
+"""Settings that a resumed run may change, besides all of `samples` and `output`; a precision only to the one it had."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def reopen(root: Path, flags: Mapping[str, Any], assignments: tuple[str, ...]) -
         raise ConfigError(f"--resume {root} goes on in that folder; leave --output {new.output.output} out")
     if not any("stop_at" in given for given in (*flags, *assignments)):
         new = _with(new, "train", stop_at=None)  # it said where the earlier session stops
-    run = RunFolder(root, run_name(old))
+    run = RunFolder(root, run_name(new))
     return run, new
 
 

@@ -26,7 +26,7 @@ from sdlora.families import Parts
 from sdlora.files.certify import file_values
 from sdlora.files.kohya import LoraFile, read_lora
 from sdlora.sampling.grid import grid
-from sdlora.sampling.infotext import parameters, png_info
+from sdlora.sampling.infotext import parameters, parse_parameters, png_info
 from sdlora.sampling.pipeline import draw
 from sdlora.sampling.prompts import Prompt, parse_prompt, read_prompts, resolve
 from sdlora.sampling.samplers import sampler_name
@@ -63,7 +63,7 @@ class Previews:
         """Returns the pictures of the base alone, drawn once a run."""
         if not self._base:
             files = [self.folder / "base" / f"{i:02d}.png" for i in range(len(self.prompts))]
-            if all(file.exists() for file in files):
+            if self._shows_these_prompts(files):
                 self._base = [_open(file) for file in files]
             else:
                 everything = {f"{c}.{p}": a for c, by_path in self.adapters.items() for p, a in by_path.items()}
@@ -101,7 +101,7 @@ class Previews:
         columns, labels = [self._base], ["base"]
         for place in shown:
             files = [place / f"{i:02d}.png" for i in range(len(self.prompts))]
-            if all(file.exists() for file in files):
+            if self._shows_these_prompts(files):
                 columns.append([_open(file) for file in files])
                 labels.append(f"epoch {int(place.name.removeprefix('epoch-'))}")
         return self._save_grid(self.folder / "overview.png", columns, labels)
@@ -111,20 +111,28 @@ class Previews:
         reporter.begin("samples (base)" if not loras else "samples", len(self.prompts))
         images = draw(self.parts, self.prompts, clip_skip=self.clip_skip, on_image=lambda n: reporter.advance(units=n))
         reporter.end()
-        used = [(lora.path.stem, 1.0, lora.metadata.get("sshs_model_hash", "")) for lora in loras]
         for i, (prompt, image) in enumerate(zip(self.prompts, images, strict=True)):
-            text = parameters(
-                prompt,
-                base_name=self.parts.name,
-                base_hash=None,
-                loras=used,
-                clip_skip=self.clip_skip,
-                version=__version__,
-            )
             with replacing(self.folder / name / f"{i:02d}.png") as path:
-                image.save(path, pnginfo=png_info(text))
+                image.save(path, pnginfo=png_info(self._text(prompt, loras)))
         self.seconds = time.monotonic() - started
         return images
+
+    def _text(self, prompt: Prompt, loras: Sequence[LoraFile] = ()) -> str:
+        return parameters(
+            prompt,
+            base_name=self.parts.name,
+            base_hash=None,
+            loras=[(lora.path.stem, 1.0, lora.metadata.get("sshs_model_hash", "")) for lora in loras],
+            clip_skip=self.clip_skip,
+            version=__version__,
+        )
+
+    def _shows_these_prompts(self, files: Sequence[Path]) -> bool:
+        """Tells whether stored pictures, LoRA aside, are of the present prompts: a resumed run may have others."""
+        return all(
+            file.exists() and _without_lora(_stored_text(file)) == _without_lora(self._text(prompt))
+            for file, prompt in zip(files, self.prompts, strict=True)
+        )
 
     def _save_grid(self, target: Path, columns: Sequence[Sequence[Image.Image]], labels: Sequence[str]) -> Path:
         rows = [list(row) for row in zip(*columns, strict=True)]
@@ -137,6 +145,16 @@ class Previews:
 def _open(path: Path) -> Image.Image:
     with Image.open(path) as image:
         return image.convert("RGB")
+
+
+def _stored_text(path: Path) -> str:
+    with Image.open(path) as image:
+        return str(image.info.get("parameters", ""))
+
+
+def _without_lora(text: str) -> tuple[str, str, dict[str, str]]:
+    prompt, negative, fields = parse_parameters(text)
+    return prompt.split(" <lora:")[0], negative, {k: v for k, v in fields.items() if k != "Lora hashes"}
 
 
 def sample_prompts(config: Config, examples: Sequence[Example], resolution: int) -> list[Prompt]:

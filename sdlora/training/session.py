@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
 from sdlora.adapters import Lora, Target, find_layers, inject
 from sdlora.config import Config
-from sdlora.data.cache import Cache
+from sdlora.data.cache import Cache, fingerprint
 from sdlora.data.dataset import Dataset, bucket_counts, prepare
 from sdlora.data.folder import scan
 from sdlora.diffusion.noise import generator
@@ -52,6 +53,7 @@ class Session:
         optimizer: accelerate's wrapper, which knows the loss scale.
         accelerator: precision and backward.
         rates: full learning rate of each component.
+        base_digest: hash of the base's weights; a resumed run must have the same.
         exporter: writes LoRA files.
         previews: draws samples, or `None`.
         board: writes TensorBoard events, or `None`.
@@ -69,6 +71,7 @@ class Session:
     optimizer: Any
     accelerator: Accelerator
     rates: Mapping[str, float]
+    base_digest: str
     exporter: Exporter
     previews: Previews | None
     board: Board | None = None
@@ -85,6 +88,10 @@ class Session:
         scaler = self.accelerator.scaler
         facts = {
             "dataset": digest(self.dataset),
+            "base": self.base_digest,
+            "precision": self.exporter.precision,
+            "session": self.exporter.session,
+            "started": self.exporter.started,
             "total_steps": self.plan.total_steps,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
@@ -101,16 +108,28 @@ class Session:
         """Takes the values of a checkpoint.
 
         Raises:
-            TrainingError: if the pictures or captions are not those of the run.
+            TrainingError: if the pictures, captions, base or precision are not those of the run.
         """
-        if checkpoint.facts.get("dataset") != digest(self.dataset):
+        facts = checkpoint.facts
+        if facts.get("dataset") != digest(self.dataset):
             raise TrainingError(
-                f"the pictures or captions in {self.config.data.images} are not those that the run was started with; "
-                "put them back, or start a new run"
+                f"the pictures or captions in {self.config.data.images}, or their names, are not those that the run "
+                "was started with; put them back, or start a new run"
             )
+        if facts.get("precision") != self.exporter.precision:
+            raise TrainingError(
+                f"the run was started in {facts.get('precision')} and would go on in {self.exporter.precision}; "
+                f"give --precision {facts.get('precision')}, or start a new run"
+            )
+        if facts.get("base") != self.base_digest:
+            raise TrainingError(
+                f"the base {self.parts.name} is not the one that the run was started with: its weights differ; "
+                "put the old one back, or start a new run"
+            )
+        self.exporter.session, self.exporter.started = facts["session"], facts["started"]
         restore_checkpoint(checkpoint, self.adapters, self.optimizer.optimizer)
-        if self.accelerator.scaler is not None and checkpoint.facts.get("scaler"):
-            self.accelerator.scaler.load_state_dict(checkpoint.facts["scaler"])
+        if self.accelerator.scaler is not None and facts.get("scaler"):
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
         self.start = checkpoint.step
         self.run.forget_after(self.start)
 
@@ -154,6 +173,8 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
     # The base model and what is computed with it once.
     parts = load_parts(base, prediction=config.base.prediction).to(accelerator.device, precision.dtype)
     choose_threads(parts, config.train.threads)
+    with torch.no_grad():
+        parts.family.encode_prompts(parts, [""], config.base.clip_skip)  # fails now if the encoder has fewer layers
     reporter.say(f"Precision: {precision.word} ({precision.reason}). Attention: {attention} ({attention_reason}).")
     denoiser: Any = parts.denoiser
     if attention == "xformers":
@@ -169,6 +190,7 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
         reporter.warn(note)
 
     # What trains.
+    base_digest = " ".join(fingerprint(module) for module in (*parts.components.values(), parts.vae))
     adapters = attach_adapters(parts, config)
     trainable = [p for by_path in adapters.values() for a in by_path.values() for p in (a.down, a.up)]
     rates = resolve_learning_rates(config, parts)
@@ -186,6 +208,7 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
         optimizer=accelerator.prepare(optimizer),
         accelerator=accelerator,
         rates=rates,
+        base_digest=base_digest,
         exporter=Exporter(config, parts, adapters, dataset, plan, rates, precision.word),
         previews=Previews(parts, adapters, prompts, run.samples, config.base.clip_skip) if prompts else None,
     )
@@ -229,7 +252,7 @@ def attach_adapters(parts: Parts, config: Config) -> Adapters:
 
 def digest(dataset: Dataset) -> str:
     """Returns a hash of the pictures, captions and repeats that a run trains on."""
-    rows = sorted(f"{e.digest} {e.repeats} {e.caption}" for e in dataset.examples)
+    rows = [f"{e.digest} {e.repeats} {e.caption}" for e in dataset.examples]  # their order decides that of the batches
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 

@@ -46,6 +46,7 @@ def metadata(tiny_parts):
             "dataset_dirs": {"10_style": {"n_repeats": 10, "img_count": 4}},
             "tag_frequency": {"10_style": {"castle": 10, "a cät": 30}},
             "bucket_table": {(640, 448): 10, (512, 512): 30},
+            "aspect_error": 0.0125,
             "learning_rates": {"denoiser": 1e-4},
             "output_name": "mine",
             "session_id": 123,

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -12,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sdlora.config import Config
 from sdlora.config_io import load_config
-from sdlora.errors import ConfigError, SdloraError, TrainingError
+from sdlora.errors import ConfigError, ModelError, SdloraError, TrainingError
 from sdlora.training import session as session_module
 from sdlora.training.folder import reopen
 from sdlora.training.progress import Reporter
@@ -191,8 +192,6 @@ def test_the_loss_falls_when_one_picture_is_learned(settings, tmp_path):
 
 
 def test_v_prediction_is_read_from_the_checkpoint(settings, tiny_base, tmp_path):
-    import shutil
-
     folder = shutil.copytree(tiny_base, tmp_path / "v")
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
@@ -273,6 +272,46 @@ def test_a_run_does_not_go_on_with_other_settings_or_pictures(settings, style_di
         go_on(half.folder)
 
 
+def test_a_run_does_not_go_on_when_pictures_were_renamed(settings, style_dir):
+    # Their order decides the batches, so the result would silently be another.
+    half = train(settings(train__stop_at=2))
+    (style_dir / "picture0.png").rename(style_dir / "z.png")
+    (style_dir / "picture0.txt").rename(style_dir / "z.txt")
+    with pytest.raises(TrainingError, match="or their names"):
+        go_on(half.folder)
+
+
+def test_a_run_does_not_go_on_with_another_base_or_precision(settings, tiny_base, tmp_path):
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    half = train(settings(train__stop_at=2, base__model=str(folder)))
+    with pytest.raises(TrainingError, match="started in fp32 and would go on in bf16"):
+        go_on(half.folder, train__precision="bf16")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({key: value * 1.1 for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(TrainingError, match="its weights differ"):
+        go_on(half.folder)
+
+
+def test_a_resumed_run_takes_new_prompts_and_a_new_name(settings):
+    sampled = {"samples__sample_every": 1, "samples__sample_steps": 2, "data__batch_size": 3, "train__epochs": 3}
+    config = settings(train__steps=None, train__stop_at=4, samples__sample_prompts=["a castle"], **sampled)
+    half = train(config)
+    done = go_on(half.folder, samples__sample_prompts=["a dog --d 9"], output__name="dogs")
+    assert done.lora.name == "dogs.safetensors"
+    for name in ("base", f"epoch-{3:06d}"):
+        with Image.open(done.folder / "samples" / name / "00.png") as image:
+            assert image.info["parameters"].startswith("a dog")
+    with safe_open(half.lora, "pt") as before, safe_open(done.lora, "pt") as after:
+        for key in ("ss_session_id", "ss_training_started_at"):
+            assert before.metadata()[key] == after.metadata()[key]
+
+
+def test_a_clip_skip_deeper_than_the_encoder_is_refused_at_once(settings, tmp_path):
+    with pytest.raises(ModelError, match="has 3 layers"):
+        train(settings(base__clip_skip=4))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_is_never_overwritten(settings, tmp_path):
     train(settings(train__steps=1))
     with pytest.raises(ConfigError, match="holds another run; continue it with"):
@@ -307,8 +346,6 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_word(settings, monkeypatch):
 
 
 def test_no_space_is_noticed_before_the_work(settings, monkeypatch):
-    import shutil
-
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     with pytest.raises(TrainingError, match="has 0 MB free"):
         train(settings())
