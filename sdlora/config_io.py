@@ -40,6 +40,7 @@ def load_config(
         if f"train.{one}" in (flags or {}) and f"train.{other}" not in (flags or {}) and "train" in values:
             values["train"].pop(other, None)
     known = {s.path for s in all_settings()}
+    texts = {s.path for s in all_settings() if s.field.annotation is str}
     for text in assignments:
         path, equals, raw = text.partition("=")
         path = path.strip()
@@ -48,7 +49,9 @@ def load_config(
         elif path not in known:
             problems.append(_unknown(path, known, "--set"))
         else:
-            _assign(values, path, _toml_value(raw.strip()))
+            value = _toml_value(raw.strip())
+            _assign(values, path, raw.strip() if path in texts and not isinstance(value, str) else value)
+    problems += _misfits(values)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -58,6 +61,23 @@ def load_config(
     if problems:
         raise ConfigError(_report(problems, file))
     return config
+
+
+def _misfits(values: dict[str, Any]) -> list[str]:
+    """Takes out, and explains, what pydantic would let pass: true for a number, and an empty path for "here"."""
+    problems = []
+    for s in all_settings():
+        table = values.get(s.section)
+        value = table.get(s.key) if isinstance(table, dict) else None
+        if isinstance(value, bool) and s.field.annotation is not bool:
+            problems.append(f"{s.path} must not be {str(value).lower()}; it is no switch")
+        elif isinstance(value, str) and not value.strip() and "Path" in str(s.field.annotation):
+            problems.append(f"{s.path} is empty; give a path, or leave it out")
+        else:
+            continue
+        assert isinstance(table, dict)
+        del table[s.key]
+    return problems
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
@@ -143,6 +163,8 @@ def _contradictions(config: Config) -> list[str]:
     conv = config.lora.conv_rank is not None or config.lora.conv_alpha is not None
     if conv and config.lora.targets != "conv":
         problems.append(f'lora.conv_rank and lora.conv_alpha need lora.targets = "conv", got {config.lora.targets!r}')
+    if config.data.num_crops != Config().data.num_crops and config.data.crop != "random":
+        problems.append('data.num_crops has no effect unless data.crop = "random"')
     if config.data.keep_tags and not config.data.shuffle_tags:
         problems.append("data.keep_tags has no effect unless data.shuffle_tags is on")
     if config.optimizer.text_encoder_learning_rate and not config.lora.text_encoder:

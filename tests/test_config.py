@@ -74,6 +74,9 @@ def test_all_problems_are_reported_at_once(tmp_path):
         ({"train.steps": 5, "train.epochs": 2}, "give one of them"),
         ({"lora.conv_rank": 4}, 'need lora.targets = "conv"'),
         ({"data.keep_tags": 2}, "no effect unless data.shuffle_tags"),
+        ({"data.num_crops": 9}, "no effect unless data.crop"),
+        ({"lora.rank": True}, "lora.rank must not be true"),
+        ({"data.images": ""}, "data.images is empty"),
         ({"optimizer.text_encoder_learning_rate": 1e-5}, "no effect unless lora.text_encoder"),
         ({"output.name": "a/b"}, "plain file name"),
         ({"output.name": "{x"}, "plain file name"),
@@ -84,6 +87,10 @@ def test_all_problems_are_reported_at_once(tmp_path):
 def test_contradictions_are_refused(flags, match):
     with pytest.raises(ConfigError, match=match):
         load_config(None, flags)
+
+
+def test_a_number_is_a_fine_trigger_word():
+    assert load_config(assignments=("data.trigger=2024", "output.name=007")).data.trigger == "2024"
 
 
 def test_a_key_outside_its_section_is_pointed_home(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def describe(result: Any) -> str:
     lines = []
     if not result.finished:
         lines.append(f"Stopped at step {result.steps} of {result.total_steps}; nothing is lost.")
-        lines.append(f"Go on with: sdlora train --resume {_quote(result.folder)}")
+        lines.append(f"Go on with: sdlora train --resume {shlex.quote(str(result.folder))}")
     if result.loss_start == result.loss_start:  # not NaN
         loss = f"Loss {result.loss_start:.4f} -> {result.loss_end:.4f} (first and last tenth of the steps)"
         lines.append(f"{loss} in {duration(result.seconds)}.")
@@ -76,10 +77,5 @@ def describe(result: Any) -> str:
     if result.finished and overview.exists():
         lines.append(f"Samples, without and with it: {overview}")
     if result.finished:
-        lines.append(f'Draw: sdlora sample --lora {_quote(result.lora)} "a castle"')
+        lines.append(f'Draw: sdlora sample --lora {shlex.quote(str(result.lora))} "a castle"')
     return "\n".join(lines)
-
-
-def _quote(path: Path) -> str:
-    text = str(path)
-    return f'"{text}"' if any(c in text for c in " ()'&;") else text

@@ -65,6 +65,8 @@ def _enter(folder: Path, tree: Tree, seen: set[Path]) -> None:
             tree.files.append(entry)
         elif not is_folder:
             tree.skipped.setdefault("broken link or no regular file", []).append(entry)
+        elif (entry / "config.toml").is_file() and (entry / "checkpoints").is_dir():
+            tree.skipped.setdefault("a run of sdlora", []).append(entry)  # its samples are no pictures to learn from
         elif (real := entry.resolve()) in seen:
             tree.skipped.setdefault("link to a folder that is read anyway", []).append(entry)
         else:

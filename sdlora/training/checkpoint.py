@@ -57,7 +57,7 @@ def save_checkpoint(
         adapters: component -> path -> adapter.
         optimizer: its tensors are stored by parameter number.
         facts: JSON values to store beside.
-        keep: how many checkpoints remain, at least 1.
+        keep: how many checkpoints remain, this one included, at least 1.
 
     Raises:
         TrainingError: if it cannot be written; earlier checkpoints are then untouched.
@@ -72,8 +72,11 @@ def save_checkpoint(
     write_text(temporary / "state.json", json.dumps({"step": step, "files": files, **facts}, indent=1))
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    # What lies beyond this step was found damaged when the run was resumed; it must not push out what is good.
+    older = [path for path in sorted(folder.glob("step-*")) if path.name < final.name]
+    newer = [path for path in folder.glob("step-*") if path.name > final.name]
+    for path in [*older[: max(0, len(older) - keep + 1)], *newer]:
+        shutil.rmtree(path, ignore_errors=True)
     return final
 
 

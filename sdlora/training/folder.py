@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Mapping
@@ -17,7 +18,10 @@ from sdlora.config import Config
 from sdlora.config_io import load_config, to_toml
 from sdlora.errors import ConfigError, TrainingError
 
-MAY_CHANGE = {"train.steps", "train.epochs", "train.stop_at", "train.threads", "train.precision", "data.cache_dir"}
+MAY_CHANGE = {
+    *("train.steps", "train.epochs", "train.stop_at", "train.threads", "train.precision"),
+    *("data.images", "data.cache_dir"),  # the pictures may have moved; a checkpoint knows their contents
+}
 """Settings that a resumed run may change, besides all of `samples` and `output`; a precision only to the one it had."""
 
 
@@ -41,6 +45,11 @@ class RunFolder:
     def epoch_lora(self, epoch: int) -> Path:
         """The LoRA file after an epoch, counted from 1 and numbered as kohya numbers them."""
         return self.root / "epochs" / f"{self.name}-{epoch:06d}.safetensors"
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the final LoRA file and its side file, which is written last, are there."""
+        return self.lora.is_file() and self.lora.with_suffix(".json").is_file()
 
     @property
     def checkpoints(self) -> Path:
@@ -118,8 +127,8 @@ def choose_folder(config: Config) -> RunFolder:
     if root.is_dir() and any(root.iterdir()):
         if (root / "config.toml").is_file():
             raise ConfigError(
-                f"--output {root} holds another run; continue it with `sdlora train --resume {root}`, "
-                "or give another folder"
+                f"--output {root} holds another run; continue it with "
+                f"`sdlora train --resume {shlex.quote(str(root))}`, or give another folder"
             )
         raise ConfigError(f"--output {root} is not empty; give a new folder, so that nothing in it can be overwritten")
     return RunFolder(root, name)
@@ -144,7 +153,7 @@ def reopen(root: Path, flags: Mapping[str, Any], assignments: tuple[str, ...]) -
     old = load_config(file)
     new = load_config(file, flags, assignments)
     changed = [
-        f"{section}.{key} (was {before!r}, now {after!r})"
+        f"{section}.{key} (was {_shown(before)}, now {_shown(after)})"
         for section, values in old
         for key, before in values
         if (after := getattr(getattr(new, section), key)) != before
@@ -163,14 +172,36 @@ def reopen(root: Path, flags: Mapping[str, Any], assignments: tuple[str, ...]) -
     return run, new
 
 
-def claim(run: RunFolder, config: Config) -> None:
+def _shown(value: Any) -> str:
+    return str(value) if isinstance(value, Path) else repr(value)
+
+
+def claim(run: RunFolder, config: Config, *, anew: bool) -> None:
     """Makes the folder of a run and writes its settings there, with whole paths: it may be resumed from elsewhere.
 
+    Args:
+        run: where.
+        config: the settings.
+        anew: whether the run is new; then nobody else may have claimed the folder in the meantime.
+
     Raises:
+        ConfigError: if another run was faster.
         TrainingError: if it cannot be written.
     """
     assert config.data.images is not None
+    try:
+        if anew:
+            run.root.mkdir(parents=True, exist_ok=True)
+            run.config.touch(exist_ok=False)
+    except FileExistsError:
+        raise ConfigError(f"{run.root} was taken by another run in the meantime; give another --output") from None
+    except OSError as error:
+        raise TrainingError(explain(run.config, error)) from error
     config = _with(config, "data", images=config.data.images.resolve())
+    if config.data.cache_dir:
+        config = _with(config, "data", cache_dir=config.data.cache_dir.resolve())
+    if isinstance(config.samples.sample_prompts, Path):
+        config = _with(config, "samples", sample_prompts=config.samples.sample_prompts.resolve())
     if (base := Path(config.base.model).expanduser()).is_dir():
         config = _with(config, "base", model=str(base.resolve()))
     write_text(run.config, to_toml(config))

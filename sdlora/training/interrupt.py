@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,3 +38,4 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        print("\nStopping; once more quits at once and loses what came after the last checkpoint.", file=sys.stderr)

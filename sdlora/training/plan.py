@@ -46,7 +46,8 @@ class Plan:
 
     def sentence(self) -> str:
         """Says the plan in one sentence, for the person at the terminal."""
-        epochs = round(self.total_steps / self.steps_per_epoch, 1)
+        epochs = self.total_steps / self.steps_per_epoch
+        epochs = round(epochs, 1) if epochs >= 1 else float(f"{epochs:.1g}")
         looks = self.total_steps * self.samples_per_epoch / self.steps_per_epoch / self.num_pictures
         often = f"about {looks:.0f} times" if looks >= 1.5 else "about once" if looks > 0.5 else "at most once"
         batch = f"batches of {self.batch_size}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -38,6 +38,10 @@ MAX_COLUMNS = 6
 """Columns of the overview."""
 
 
+class _GivenUp(Exception):
+    """The user asked to stop while samples were drawn."""
+
+
 @dataclass
 class Previews:
     """Draws and keeps the samples of a run.
@@ -49,6 +53,7 @@ class Previews:
         folder: where the pictures go: `base/`, `epoch-NNNNNN/`, and a grid for each.
         clip_skip: as in training.
         seconds: how long the last round took; goes into the estimate of the time left.
+        stopped: asked after every picture; once it says so, the round is given up.
     """
 
     parts: Parts
@@ -57,6 +62,7 @@ class Previews:
     folder: Path
     clip_skip: int = 1
     seconds: float = 0.0
+    stopped: Callable[[], bool] = bool  # bool() is False
     _base: list[Image.Image] = field(default_factory=list)
 
     def without(self, reporter: Reporter) -> list[Image.Image]:
@@ -78,12 +84,19 @@ class Previews:
             file: the LoRA file, as just exported from the adapters.
             epoch: epochs done.
             reporter: told about the progress.
+
+        Returns:
+            The pictures, none if the round was given up.
         """
         base = self.without(reporter)
         lora = read_lora(file)
         name = f"epoch-{epoch:06d}"
-        with file_values(self.adapters, lora):
-            images = self._draw(name, (lora,), reporter)
+        try:
+            with file_values(self.adapters, lora):
+                images = self._draw(name, (lora,), reporter)
+        except _GivenUp:
+            reporter.end()
+            return []
         self._save_grid(self.grid_path(epoch), [base, images], ["base", f"LoRA, epoch {epoch}"])
         return images
 
@@ -109,7 +122,13 @@ class Previews:
     def _draw(self, name: str, loras: Sequence[LoraFile], reporter: Reporter) -> list[Image.Image]:
         started = time.monotonic()
         reporter.begin("samples (base)" if not loras else "samples", len(self.prompts))
-        images = draw(self.parts, self.prompts, clip_skip=self.clip_skip, on_image=lambda n: reporter.advance(units=n))
+
+        def drawn(count: int) -> None:
+            reporter.advance(units=count)
+            if loras and self.stopped():
+                raise _GivenUp
+
+        images = draw(self.parts, self.prompts, clip_skip=self.clip_skip, on_image=drawn)
         reporter.end()
         for i, (prompt, image) in enumerate(zip(self.prompts, images, strict=True)):
             with replacing(self.folder / name / f"{i:02d}.png") as path:

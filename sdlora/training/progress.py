@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -40,8 +41,11 @@ class PlainReporter(Reporter):
         self._stage, self._total, self._done, self._last, self._note = "", 0, 0, 0.0, ""
 
     def say(self, text: str) -> None:
-        """Prints a line."""
-        print(text, flush=True)
+        """Prints a line; when nobody reads any more, as in `| head`, training goes on in silence."""
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (stays open to the end)
 
     def warn(self, text: str) -> None:
         """Prints a line to the error stream."""

@@ -16,7 +16,7 @@ from sdlora.adapters import Lora, Target, find_layers, inject
 from sdlora.config import Config
 from sdlora.data.cache import Cache, fingerprint
 from sdlora.data.dataset import Dataset, bucket_counts, prepare
-from sdlora.data.folder import scan
+from sdlora.data.folder import MAX_REASONS, scan
 from sdlora.diffusion.noise import generator
 from sdlora.errors import ConfigError, TrainingError
 from sdlora.families import Parts, identify, load_parts, resolve_base
@@ -153,6 +153,8 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
     cache = Cache(config.data.cache_dir)
     pictures = scan(config.data.images, config.data.trigger, config.data.background, cache=cache)
     reporter.say(pictures.summary())
+    for name, reason in list(pictures.unreadable.items())[:MAX_REASONS]:
+        reporter.warn(f"{name}: {reason}")
     base = resolve_base(config.base.model, reporter.say)
     reporter.say(f"Base: {base.name} ({base.reason})")
     resolution = config.data.resolution or identify(base.folder).native_resolution(base.folder)
@@ -216,7 +218,7 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
         session.resume(checkpoint)
         reporter.say(f"Resumed at step {session.start} of {plan.total_steps}")
     _require_space(run, plan, config, trainable)
-    claim(run, config)
+    claim(run, config, anew=resume is None)
     if config.output.tensorboard:
         session.board = Board(run.root / "tensorboard")
     reporter.say(f"Run folder: {run.root}")
@@ -256,11 +258,15 @@ def digest(dataset: Dataset) -> str:
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
-def _newest(run: RunFolder, plan: Plan, reporter: Reporter) -> Checkpoint:
+def _newest(run: RunFolder, plan: Plan, reporter: Reporter) -> Checkpoint | None:
+    if not any(run.checkpoints.glob("step-*")):
+        reporter.say("The run was stopped before its first checkpoint; it begins again at step 0.")
+        run.forget_after(0)
+        return None
     checkpoint, skipped = latest_checkpoint(run.checkpoints)
     for line in skipped:
         reporter.warn(line)
-    if checkpoint.step >= plan.total_steps:
+    if checkpoint.step > plan.total_steps or (checkpoint.step == plan.total_steps and run.is_complete):
         raise ConfigError(
             f"{run.root} is finished: {checkpoint.step} of {plan.total_steps} steps are done; give more with --steps"
         )

@@ -81,6 +81,8 @@ def train(config: Config, *, resume: RunFolder | None = None, reporter: Reporter
         if previews:
             previews.without(reporter)
         stop = StopSignal()
+        if previews:
+            previews.stopped = lambda: stop.requested
         meter = Meter(plan)
         step, saved, bad = session.start, session.start, 0
         with stop.listening():
@@ -221,9 +223,10 @@ def _finish(session: Session, step: int, interrupted: bool, started: float, repo
     certificate = session.exporter.export(file, step)
     preview, samples = None, None
     if previews and finished:
-        preview = previews.with_lora(file, plan.num_epochs, reporter)[0]
-        samples = previews.grid_path(plan.num_epochs)
-        previews.overview()
+        images = previews.with_lora(file, plan.num_epochs, reporter)
+        if images:
+            preview, samples = images[0], previews.grid_path(plan.num_epochs)
+            previews.overview()
     session.exporter.sidecars(file, preview)
     losses = run.losses()
     tenth = max(1, len(losses) // 10)

@@ -93,13 +93,13 @@ def test_kohya_folders(tmp_path):
         "b.png": ("10_my_style", 10, "own words"),
         "c.png": ("2_other", 2, "other"),
         "d.png": ("2024_holiday", 1, ""),
-        "f.png": ("plain", 1, ""),
+        "f.png": ("3_inner", 3, "inner"),
     }
     line = found.summary()
     assert total(line) == (8, 8)
     for clause in (
         "2 switched off (0 repeats) (0_off/e.png, 0_off/e.txt)",
-        "2 captioned by the folder's name",
+        "3 captioned by the folder's name",
         "10 repeats in 10_my_style",
         "2024_holiday: no repeats, the number is above 1000",
     ):

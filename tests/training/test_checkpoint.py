@@ -69,6 +69,24 @@ def test_old_ones_go(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
 
 
+def test_a_damaged_newer_one_never_pushes_out_a_good_one(tmp_path):
+    _, adapters, optimizer = learner()
+    for step in (3, 6):
+        save_checkpoint(tmp_path, step, adapters, optimizer, {}, keep=2)
+    (tmp_path / "step-00000006" / "adapters.safetensors").write_bytes(b"junk")
+    save_checkpoint(tmp_path, 5, adapters, optimizer, {}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
+    assert latest_checkpoint(tmp_path)[0].step == 5
+
+
+@pytest.mark.parametrize("keep", [1, 2, 9])
+def test_as_many_as_asked_for_remain(tmp_path, keep):
+    _, adapters, optimizer = learner()
+    for step in range(4):
+        save_checkpoint(tmp_path, step, adapters, optimizer, {}, keep=keep)
+    assert len(list(tmp_path.iterdir())) == min(keep, 4)
+
+
 def test_without_a_whole_one_the_reason_is_given(tmp_path):
     with pytest.raises(TrainingError, match="before the first one was written"):
         latest_checkpoint(tmp_path)

@@ -306,6 +306,65 @@ def test_a_resumed_run_takes_new_prompts_and_a_new_name(settings):
             assert before.metadata()[key] == after.metadata()[key]
 
 
+def test_a_run_killed_after_its_last_step_still_gets_its_file(settings):
+    done = train(settings())
+    expected = tensors(done)
+    for path in (done.lora, done.lora.with_suffix(".json")):
+        path.unlink()
+    assert equal(tensors(go_on(done.folder)), expected)
+    with pytest.raises(ConfigError, match="is finished: 6 of 6"):
+        go_on(done.folder)
+
+
+def test_a_run_stopped_before_its_first_checkpoint_begins_again(settings):
+    straight = train(settings("a"))
+    half = train(settings("b", train__stop_at=2))
+    shutil.rmtree(half.folder / "checkpoints")
+    assert equal(tensors(go_on(half.folder)), tensors(straight))
+    assert len((half.folder / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_moved_pictures_are_found_again(settings, style_dir):
+    half = train(settings(train__stop_at=2))
+    moved = style_dir.rename(style_dir.with_name("moved"))
+    assert go_on(half.folder, data__images=moved).finished
+
+
+def test_a_run_among_the_pictures_is_not_learned_from(settings, style_dir):
+    sampled = {"samples__sample_every": 1, "samples__sample_steps": 2, "samples__sample_prompts": ["a castle"]}
+    half = train(settings(output__output=style_dir / "run", train__stop_at=4, **sampled))
+    assert list((style_dir / "run").rglob("*.png"))
+    assert go_on(half.folder).finished
+
+
+def test_of_two_runs_in_one_folder_the_second_is_refused(settings, monkeypatch):
+    config = settings()
+    real = session_module.choose_folder
+
+    def slow(given):
+        chosen = real(given)
+        monkeypatch.setattr(session_module, "choose_folder", real)
+        train(given)  # somebody else, between our look and our claim
+        return chosen
+
+    monkeypatch.setattr(session_module, "choose_folder", slow)
+    with pytest.raises(ConfigError, match="taken by another run"):
+        train(config)
+
+
+def test_ctrl_c_while_samples_are_drawn_gives_the_round_up(settings):
+    class Impatient(Notes):
+        def advance(self, note="", units=1):
+            if self.stage == "samples":
+                os.kill(os.getpid(), signal.SIGINT)
+
+    flags = {"samples__sample_every": 1, "samples__sample_steps": 2, "samples__sample_prompts": ["a", "b"]}
+    stopped = train(settings(**flags), reporter=Impatient())
+    assert stopped.interrupted
+    assert not stopped.finished
+    assert go_on(stopped.folder).finished
+
+
 def test_a_clip_skip_deeper_than_the_encoder_is_refused_at_once(settings, tmp_path):
     with pytest.raises(ModelError, match="has 3 layers"):
         train(settings(base__clip_skip=4))
