@@ -60,14 +60,11 @@ def save_grid(folder: Path, drawn: Path) -> Path:
             return image.convert("RGB")
 
     examples = sorted(examples_folder().glob("*.png"))
-    rows = [
-        [
-            opened(folder / "samples" / "base" / f"{i:02d}.png"),
-            opened(drawn / f"{i:02d}.png"),
-            opened(examples[i * len(examples) // len(HELD_OUT)]),
-        ]
-        for i in range(len(HELD_OUT))
-    ]
+    rows = []
+    for i in range(len(HELD_OUT)):
+        base, lora = (opened(place / f"{i:02d}.png") for place in (folder / "samples" / "base", drawn))
+        example = opened(examples[i * len(examples) // len(HELD_OUT)])
+        rows.append([base, lora, example.resize(base.size, Image.Resampling.LANCZOS)])  # as large as it was learned
     target = folder / "grid.png"
     with replacing(target) as path:
         grid(rows, row_labels=HELD_OUT, column_labels=["base", "LoRA", "learned from"]).save(path)
