@@ -1,36 +1,26 @@
-"""Everything that a run needs before its first step, built in order."""
+"""A run that is ready to go: what the loop works with, what a checkpoint keeps of it, and how it is taken up again."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import nn
 
-from sdlora.adapters import Lora, Target, find_layers, inject
+from sdlora.adapters import Lora
 from sdlora.config import Config
-from sdlora.data.cache import Cache, fingerprint
-from sdlora.data.dataset import Dataset, bucket_counts, prepare
-from sdlora.data.folder import MAX_REASONS, scan
-from sdlora.diffusion.noise import generator
-from sdlora.errors import ConfigError, TrainingError
-from sdlora.families import Parts, identify, load_parts, resolve_base
-from sdlora.sampling.pipeline import overlong
-from sdlora.training.board import Board, require_tensorboard
-from sdlora.training.checkpoint import Checkpoint, latest_checkpoint, restore_checkpoint, save_checkpoint
-from sdlora.training.device import choose_threads
+from sdlora.data.dataset import Dataset
+from sdlora.errors import TrainingError
+from sdlora.families import Parts
+from sdlora.training.board import Board
+from sdlora.training.checkpoint import Checkpoint, restore_checkpoint, save_checkpoint
 from sdlora.training.export import Exporter
-from sdlora.training.folder import RunFolder, choose_folder, claim, require_space
-from sdlora.training.optimizers import make_optimizer, resolve_learning_rates
-from sdlora.training.plan import Plan, make_plan
-from sdlora.training.precision import choose_attention, choose_device, choose_precision
-from sdlora.training.previews import Previews, sample_prompts
-from sdlora.training.progress import Reporter
+from sdlora.training.folder import RunFolder
+from sdlora.training.plan import Plan
+from sdlora.training.previews import Previews
 from sdlora.training.texts import Texts
 
 Adapters = dict[str, dict[str, Lora]]
@@ -134,170 +124,7 @@ class Session:
         self.run.forget_after(self.start)
 
 
-def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Session:
-    """Builds a session; what is cheap and can go wrong comes first.
-
-    Args:
-        config: the settings; `data.images` must be given.
-        resume: the folder of a run to go on with.
-        reporter: told what is found and chosen.
-
-    Raises:
-        SdloraError: anything the user can fix.
-    """
-    # Pictures, base and length, before anything heavy is loaded.
-    if config.data.images is None:
-        raise ConfigError("no pictures: give --images FOLDER")
-    if config.output.tensorboard:
-        require_tensorboard()
-    cache = Cache(config.data.cache_dir)
-    pictures = scan(config.data.images, config.data.trigger, config.data.background, cache=cache)
-    reporter.say(pictures.summary())
-    for name, reason in list(pictures.unreadable.items())[:MAX_REASONS]:
-        reporter.warn(f"{name}: {reason}")
-    base = resolve_base(config.base.model, reporter.say)
-    reporter.say(f"Base: {base.name} ({base.reason})")
-    resolution = config.data.resolution or identify(base.folder).native_resolution(base.folder)
-    num_pictures, counts = bucket_counts(pictures.examples, config.data, resolution)
-    plan = make_plan(config, num_pictures, counts.values())
-    reporter.say(plan.sentence())
-    prompts = sample_prompts(config, pictures.examples, resolution) if plan.sample_every else []
-    run = resume or choose_folder(config)
-    checkpoint = _newest(resume, plan, reporter) if resume else None
-    device = choose_device()
-    precision = choose_precision(config.train.precision, device)
-    attention, attention_reason = choose_attention(config.train.attention, device, precision.dtype)
-    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process may have used another
-    accelerator = Accelerator(mixed_precision=precision.word if precision.autocast else "no", cpu=device.type == "cpu")
-    if accelerator.num_processes > 1:
-        raise ConfigError("several processes are not supported yet; start sdlora without a launcher")
-
-    # The base model and what is computed with it once.
-    parts = load_parts(base, prediction=config.base.prediction).to(accelerator.device, precision.dtype)
-    choose_threads(parts, config.train.threads)
-    with torch.no_grad():
-        parts.family.encode_prompts(parts, [""], config.base.clip_skip)  # fails now if the encoder has fewer layers
-    reporter.say(f"Precision: {precision.word} ({precision.reason}). Attention: {attention} ({attention_reason}).")
-    denoiser: Any = parts.denoiser
-    if attention == "xformers":
-        denoiser.enable_xformers_memory_efficient_attention()
-    if config.train.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
-    reporter.begin("caching latents", len(pictures.examples))
-    dataset = prepare(parts, pictures, config.data, config.train.seed, cache, lambda done, total: reporter.advance())
-    reporter.end()
-    texts = Texts(parts, config, cache)
-    prompt_notes = [note for prompt in prompts for note in prompt.notes] + overlong(parts, prompts)
-    for note in (*dataset.notes, *_overlong(texts, dataset), *prompt_notes):
-        reporter.warn(note)
-
-    # What trains.
-    base_digest = " ".join(fingerprint(module) for module in (*parts.components.values(), parts.vae))
-    adapters = attach_adapters(parts, config)
-    trainable = [p for by_path in adapters.values() for a in by_path.values() for p in (a.down, a.up)]
-    rates = resolve_learning_rates(config, parts)
-    optimizer = make_optimizer({c: by_path.values() for c, by_path in adapters.items()}, rates, config.optimizer)
-    reporter.say(_describe(adapters, rates, config))
-    session = Session(
-        config=config,
-        run=run,
-        plan=plan,
-        parts=parts,
-        dataset=dataset,
-        texts=texts,
-        adapters=adapters,
-        trainable=trainable,
-        optimizer=accelerator.prepare(optimizer),
-        accelerator=accelerator,
-        rates=rates,
-        base_digest=base_digest,
-        exporter=Exporter(config, parts, adapters, dataset, plan, rates, precision.word),
-        previews=Previews(parts, adapters, prompts, run.samples, config.base.clip_skip) if prompts else None,
-    )
-    if checkpoint:
-        session.resume(checkpoint)
-        reporter.say(f"Resumed at step {session.start} of {plan.total_steps}")
-    _require_space(run, plan, config, trainable)
-    claim(run, config, anew=resume is None)
-    if config.output.tensorboard:
-        session.board = Board(run.root / "tensorboard")
-    reporter.say(f"Run folder: {run.root}")
-    return session
-
-
-def attach_adapters(parts: Parts, config: Config) -> Adapters:
-    """Puts LoRA into the denoiser and, if asked, the text encoders; everything else is frozen.
-
-    The start values of each layer are a function of (seed, its name), so they do not depend on which other layers are
-    adapted.
-    """
-    lora = config.lora
-    targets: dict[str, tuple[Target, ...]] = {"denoiser": parts.family.targets[lora.targets]}
-    if lora.text_encoder:
-        targets |= dict.fromkeys(parts.text_encoders, parts.family.text_encoder_targets)
-
-    def make(component: str, path: str, layer: nn.Module) -> Lora:
-        wide = isinstance(layer, nn.Conv2d) and tuple(layer.kernel_size) != (1, 1)
-        rank = (lora.conv_rank or lora.rank) if wide else lora.rank
-        alpha = (lora.conv_alpha if lora.conv_rank or lora.conv_alpha else lora.alpha) if wide else lora.alpha
-        return Lora(layer, rank, alpha, lora.dropout, generator(config.train.seed, "init", component, path))
-
-    for module in (parts.vae, *parts.components.values()):
-        module.requires_grad_(False)
-    adapters: Adapters = {}
-    for component, rules in targets.items():
-        model = parts.components[component]
-        layers = find_layers(model, rules)
-        adapters[component] = inject(model, layers, lambda path, layer, c=component: make(c, path, layer))
-    return adapters
-
-
 def digest(dataset: Dataset) -> str:
     """Returns a hash of the pictures, captions and repeats that a run trains on."""
     rows = [f"{e.digest} {e.repeats} {e.caption}" for e in dataset.examples]  # their order decides that of the batches
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
-
-
-def _newest(run: RunFolder, plan: Plan, reporter: Reporter) -> Checkpoint | None:
-    if not any(run.checkpoints.glob("step-*")):
-        reporter.say("The run was stopped before its first checkpoint; it begins again at step 0.")
-        run.forget_after(0)
-        return None
-    checkpoint, skipped = latest_checkpoint(run.checkpoints)
-    for line in skipped:
-        reporter.warn(line)
-    if checkpoint.step > plan.total_steps or (checkpoint.step == plan.total_steps and run.is_complete):
-        raise ConfigError(
-            f"{run.root} is finished: {checkpoint.step} of {plan.total_steps} steps are done; give more with --steps"
-        )
-    before = checkpoint.facts.get("total_steps")
-    if before != plan.total_steps:
-        reporter.warn(
-            f"the learning rate's course was planned for {before} steps and now for {plan.total_steps}, so this run "
-            "will differ from one planned so from the start; to split a run exactly, use --stop-at"
-        )
-    return checkpoint
-
-
-def _overlong(texts: Texts, dataset: Dataset) -> list[str]:
-    names = texts.overlong(dataset.examples)
-    if not names:
-        return []
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return [f"captions longer than the text encoder can read, their end has no effect: {', '.join(names[:3])}{more}"]
-
-
-def _describe(adapters: Adapters, rates: Mapping[str, float], config: Config) -> str:
-    count = sum(a.down.numel() + a.up.numel() for by_path in adapters.values() for a in by_path.values())
-    layers = ", ".join(f"{len(by_path)} layers of the {c.replace('_', ' ')}" for c, by_path in adapters.items())
-    alpha = config.lora.alpha or config.lora.rank
-    rate = " and ".join(f"{rate:.2g}" for rate in dict.fromkeys(rates.values()))
-    return f"LoRA: rank {config.lora.rank}, alpha {alpha:g}, in {layers}; {count:,} numbers train, learning rate {rate}"
-
-
-def _require_space(run: RunFolder, plan: Plan, config: Config, trainable: Sequence[nn.Parameter]) -> None:
-    numbers = sum(p.numel() for p in trainable)
-    bytes_each = 4 if config.output.save_dtype == "fp32" else 2
-    files = 2 + plan.num_epochs // plan.save_every + (plan.num_epochs // plan.sample_every if plan.sample_every else 0)
-    checkpoints = config.output.keep_checkpoints + 1  # the new one is written before the oldest goes
-    require_space(run.root, numbers * (bytes_each * files + 12 * checkpoints))

@@ -20,7 +20,8 @@ from sdlora.training.interrupt import StopSignal
 from sdlora.training.lr import learning_rate_factor
 from sdlora.training.meter import Meter
 from sdlora.training.progress import Reporter
-from sdlora.training.session import Session, set_up
+from sdlora.training.session import Session
+from sdlora.training.setup import set_up
 from sdlora.training.step import draw, sample_losses
 
 MAX_BAD_STEPS = 3

@@ -159,7 +159,7 @@ def test_settings_reach_their_keys(metadata):
     ],
 )
 def test_convolutions_are_described_as_they_are_trained(metadata, tiny_parts, flags, dim, alpha):
-    from sdlora.training.session import attach_adapters
+    from sdlora.training.setup import attach_adapters
 
     config = load_config(flags={"lora.targets": "conv", **flags})
     assert json.loads(metadata(config)["ss_network_args"]) == {"conv_dim": dim, "conv_alpha": alpha}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from sdlora.config import Config
 from sdlora.config_io import load_config
 from sdlora.errors import ConfigError, ModelError, SdloraError, TrainingError
-from sdlora.training import session as session_module
+from sdlora.training import setup as building  # not "setup_module": pytest would call that
 from sdlora.training.folder import reopen
 from sdlora.training.progress import Reporter
 from sdlora.training.train import train
@@ -164,14 +164,14 @@ def test_training_changes_the_adapters_only(settings, monkeypatch):
         return digest.hexdigest()
 
     seen = {}
-    load = session_module.load_parts
+    load = building.load_parts
 
     def spy(base, **options):
         seen["parts"] = load(base, **options)
         seen["before"] = [state_hash(m) for m in (*seen["parts"].components.values(), seen["parts"].vae)]
         return seen["parts"]
 
-    monkeypatch.setattr(session_module, "load_parts", spy)
+    monkeypatch.setattr(building, "load_parts", spy)
     train(settings(lora__text_encoder=True))
     from sdlora.adapters import eject
 
@@ -339,15 +339,15 @@ def test_a_run_among_the_pictures_is_not_learned_from(settings, style_dir):
 
 def test_of_two_runs_in_one_folder_the_second_is_refused(settings, monkeypatch):
     config = settings()
-    real = session_module.choose_folder
+    real = building.choose_folder
 
     def slow(given):
         chosen = real(given)
-        monkeypatch.setattr(session_module, "choose_folder", real)
+        monkeypatch.setattr(building, "choose_folder", real)
         train(given)  # somebody else, between our look and our claim
         return chosen
 
-    monkeypatch.setattr(session_module, "choose_folder", slow)
+    monkeypatch.setattr(building, "choose_folder", slow)
     with pytest.raises(ConfigError, match="taken by another run"):
         train(config)
 
