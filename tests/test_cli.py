@@ -1,9 +1,11 @@
 """The command line as a person meets it: help, errors, exit codes, and every command of the README."""
 
 import json
+import os
 import re
 import shlex
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -189,6 +191,19 @@ def test_every_readme_command_runs(capsys, workplace):
         assert code == 0, f"{command}\n{output}\n{errors}"
         if target:
             Path(target).write_text(output)
+
+
+def test_nothing_is_sent_anywhere(capsys, workplace, monkeypatch):
+    """No connection is even tried by training and drawing on the embedded base, and telemetry is off."""
+
+    def refuse(self, address):
+        raise AssertionError(f"a connection to {address} was tried")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert run(capsys, "train", "--images", "datasets_example", *SHORT, "--output", "run")[0] == 0
+    assert run(capsys, "sample", "--lora", "run/datasets_example.safetensors", "--steps", "2", "a castle")[0] == 0
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
 
 
 def test_inspect_reads_what_training_wrote(capsys, workplace):

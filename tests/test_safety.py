@@ -1,0 +1,36 @@
+"""What the program never does, read off its source: run code from files, fetch code, start a shell."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCES = sorted((Path(__file__).parent.parent / "sdlora").rglob("*.py"))
+FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "os.system"}
+FORBIDDEN_MODULES = {"pickle", "dill", "shelve", "marshal", "subprocess"}
+FORBIDDEN_ARGUMENTS = {"trust_remote_code", "shell"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_no_code_from_elsewhere_is_run(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in FORBIDDEN_CALLS, ast.unparse(node)
+            assert not {k.arg for k in node.keywords} & FORBIDDEN_ARGUMENTS, ast.unparse(node)
+        elif isinstance(node, ast.Import):
+            assert not {alias.name.split(".")[0] for alias in node.names} & FORBIDDEN_MODULES
+        elif isinstance(node, ast.ImportFrom):
+            assert (node.module or "").split(".")[0] not in FORBIDDEN_MODULES
+
+
+def test_imports_point_one_way():
+    """`cli → training → sampling → {files, data} → families → {adapters, diffusion} → {config, atomic, errors}`."""
+    floors = [("cli",), ("training",), ("sampling",), ("files", "data"), ("families",), ("adapters", "diffusion")]
+    floor_of = {room: number for number, rooms in enumerate(floors) for room in rooms}
+    for path in SOURCES:
+        room = path.parent.name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sdlora."):
+                target = (node.module or "").split(".")[1]
+                if room in floor_of and target in floor_of and target != room:
+                    assert floor_of[target] > floor_of[room], f"{path.name} imports {node.module}"
