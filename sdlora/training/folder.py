@@ -176,12 +176,13 @@ def _shown(value: Any) -> str:
     return str(value) if isinstance(value, Path) else repr(value)
 
 
-def claim(run: RunFolder, config: Config, *, anew: bool) -> None:
+def claim(run: RunFolder, config: Config, *, base: str, anew: bool) -> None:
     """Makes the folder of a run and writes its settings there, with whole paths: it may be resumed from elsewhere.
 
     Args:
         run: where.
         config: the settings.
+        base: the base that was chosen; `auto` might choose another one next time.
         anew: whether the run is new; then nobody else may have claimed the folder in the meantime.
 
     Raises:
@@ -202,8 +203,8 @@ def claim(run: RunFolder, config: Config, *, anew: bool) -> None:
         config = _with(config, "data", cache_dir=config.data.cache_dir.resolve())
     if isinstance(config.samples.sample_prompts, Path):
         config = _with(config, "samples", sample_prompts=config.samples.sample_prompts.resolve())
-    if (base := Path(config.base.model).expanduser()).is_dir():
-        config = _with(config, "base", model=str(base.resolve()))
+    folder = Path(base).expanduser()
+    config = _with(config, "base", model=str(folder.resolve()) if folder.is_dir() else base)
     write_text(run.config, to_toml(config))
 
 

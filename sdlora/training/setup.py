@@ -44,7 +44,7 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
     Raises:
         SdloraError: anything the user can fix.
     """
-    # Pictures, base and length, before anything heavy is loaded.
+    # Pictures, machine, base and length, before anything heavy is fetched or loaded.
     if config.data.images is None:
         raise ConfigError("no pictures: give --images FOLDER")
     if config.output.tensorboard:
@@ -54,6 +54,10 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
     reporter.say(pictures.summary())
     for name, reason in list(pictures.unreadable.items())[:MAX_REASONS]:
         reporter.warn(f"{name}: {reason}")
+    run = resume or choose_folder(config)
+    device = choose_device()
+    precision = choose_precision(config.train.precision, device)
+    attention, attention_reason = choose_attention(config.train.attention, device, precision.dtype)
     base = resolve_base(config.base.model, reporter.say)
     reporter.say(f"Base: {base.name} ({base.reason})")
     resolution = config.data.resolution or identify(base.folder).native_resolution(base.folder)
@@ -61,11 +65,7 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
     plan = make_plan(config, num_pictures, counts.values())
     reporter.say(plan.sentence())
     prompts = sample_prompts(config, pictures.examples, resolution) if plan.sample_every else []
-    run = resume or choose_folder(config)
     checkpoint = _newest(resume, plan, reporter) if resume else None
-    device = choose_device()
-    precision = choose_precision(config.train.precision, device)
-    attention, attention_reason = choose_attention(config.train.attention, device, precision.dtype)
     AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process may have used another
     accelerator = Accelerator(mixed_precision=precision.word if precision.autocast else "no", cpu=device.type == "cpu")
     if accelerator.num_processes > 1:
@@ -117,7 +117,7 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
         session.resume(checkpoint)
         reporter.say(f"Resumed at step {session.start} of {plan.total_steps}")
     _require_space(run, plan, config, trainable)
-    claim(run, config, anew=resume is None)
+    claim(run, config, base=base.name, anew=resume is None)
     if config.output.tensorboard:
         session.board = Board(run.root / "tensorboard")
     reporter.say(f"Run folder: {run.root}")

@@ -324,6 +324,14 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_again(settings):
     assert len((half.folder / "metrics.jsonl").read_text().splitlines()) == 6
 
 
+def test_the_base_that_auto_chose_is_written_down(settings, monkeypatch):
+    real = building.resolve_base
+    monkeypatch.setattr(building, "resolve_base", lambda model, say: real("nano" if model == "auto" else model, say))
+    half = train(settings(base__model="auto", train__stop_at=1, train__steps=2, data__resolution=64))
+    assert load_config(half.folder / "config.toml").base.model == "nano"
+    assert go_on(half.folder).finished
+
+
 def test_moved_pictures_are_found_again(settings, style_dir):
     half = train(settings(train__stop_at=2))
     moved = style_dir.rename(style_dir.with_name("moved"))
