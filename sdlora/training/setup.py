@@ -91,7 +91,7 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
         reporter.warn(note)
 
     # What trains.
-    base_digest = " ".join(fingerprint(module) for module in (*parts.components.values(), parts.vae))
+    base_digest = f"{fingerprint(parts.denoiser)} {texts.states.fingerprint} {fingerprint(parts.vae)}"
     adapters = attach_adapters(parts, config)
     trainable = [p for by_path in adapters.values() for a in by_path.values() for p in (a.down, a.up)]
     rates = resolve_learning_rates(config, parts)
