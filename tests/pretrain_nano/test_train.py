@@ -1,0 +1,156 @@
+"""A course can be left and taken up at any step, and its parts do what they say."""
+
+import json
+import random
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from sdlora.adapters import find_layers
+from sdlora.families.sd1 import SD1
+from tools.pretrain_nano import model, twin
+from tools.pretrain_nano.batches import batch
+from tools.pretrain_nano.captions import caption, prompt
+from tools.pretrain_nano.concepts import Concept
+from tools.pretrain_nano.latents import Latents, load_latents
+from tools.pretrain_nano.sources import STYLES
+from tools.pretrain_nano.tokenizer import TRIGGERS, train_tokenizer
+from tools.pretrain_nano.train import STATE, Course, Settings, loss_weight, take_up
+
+NOTO = STYLES[0]
+
+
+def concept(n: int) -> Concept:
+    return Concept(f"{n:04x}", f"thing {n}", ("tag", "other tag"), "objects", f"thing {n}", "learn")
+
+
+@pytest.fixture
+def data() -> Latents:
+    values = torch.randn(10, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0)).half()
+    return Latents(values, [concept(n) for n in range(10)], ["noto"] * 10)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train_tokenizer([f"thing {n}, noto style" for n in range(10)], tmp_path_factory.mktemp("tokenizer"))
+
+
+def test_a_batch_is_a_function_of_seed_and_step(data):
+    first, again, other = batch(data, 7, 4, 0), batch(data, 7, 4, 0), batch(data, 7, 4, 1)
+    assert torch.equal(first.latents, again.latents) and torch.equal(first.noise, again.noise)
+    assert torch.equal(first.timesteps, again.timesteps) and first.captions == again.captions
+    assert not torch.equal(first.noise, other.noise)
+
+
+def test_an_epoch_shows_every_picture_once(data):
+    for epoch in range(3):
+        seen = [batch(data, step, 2, 0).latents for step in range(5 * epoch, 5 * (epoch + 1))]
+        shown = {tuple(latent.flatten()[:3].tolist()) for part in seen for latent in part}
+        first_numbers = [{tuple(view.flatten()[:3].tolist()) for view in views} for views in data.values.float()]
+        assert all(len(shown & views) == 1 for views in first_numbers)
+
+
+def test_timesteps_are_spread_over_the_whole_schedule(data):
+    timesteps = batch(data, 3, 10, 0).timesteps.sort().values
+    assert ((timesteps >= torch.arange(0, 1000, 100)) & (timesteps < torch.arange(100, 1001, 100))).all()
+
+
+def test_captions_leave_things_out_as_often_as_they_should():
+    captions = [caption(concept(1), NOTO, random.Random(n)) for n in range(4000)]
+    assert abs(captions.count("") / 4000 - 0.1) < 0.02
+    said = [text for text in captions if text]
+    assert all("thing 1" in text for text in said)
+    assert abs(sum("noto style" not in text for text in said) / len(said) - 0.1) < 0.02
+    assert abs(sum(any(word in TRIGGERS for word in text.split(", ")) for text in said) / len(said) - 0.03) < 0.01
+    assert prompt(concept(1), NOTO) == "thing 1, noto style"
+
+
+def test_loss_weight_is_min_snr_with_a_floor_measured_in_the_picture():
+    snr = torch.tensor([0.004, 0.2, 1.0, 5.0, 50.0])
+    assert torch.allclose(loss_weight(snr) * snr, torch.tensor([0.2, 0.2, 1.0, 5.0, 5.0]))
+
+
+def test_the_learning_rate_rises_stays_and_falls_to_zero():
+    settings = Settings(samples=10000, size=10, warm_up_steps=100)
+    assert settings.pace(0) == 0.01 and settings.pace(99) == settings.pace(799) == 1.0
+    assert settings.pace(900) == 0.5 and settings.pace(1000) == 0.0
+
+
+def test_a_course_that_was_left_equals_one_that_was_not(data, tokenizer, tmp_path):
+    settings, cpu = Settings(samples=12, size=2, warm_up_steps=2), torch.device("cpu")
+    whole = Course(settings, tmp_path, cpu)
+    for _ in range(6):  # the last two steps lie behind the turn
+        whole.advance(data, tokenizer)
+    first = Course(settings, tmp_path, cpu)
+    for _ in range(3):
+        first.advance(data, tokenizer)
+    first.save(STATE)
+    (tmp_path / "samples.txt").write_text("12")
+    second = Course(settings, tmp_path, cpu)
+    take_up(second)
+    assert second.step == 3
+    for _ in range(3):
+        second.advance(data, tokenizer)
+    for name, value in whole.base.named_parameters():
+        assert torch.equal(value, dict(second.base.named_parameters())[name]), name
+        assert torch.equal(whole.average[name], second.average[name]), name
+
+
+def test_the_text_encoder_rests_behind_the_turn(data, tokenizer, tmp_path):
+    course = Course(Settings(samples=20, size=2), tmp_path, torch.device("cpu"))
+    course.step = course.settings.turn
+    before = [p.clone() for p in course.base.text.parameters()]
+    course.advance(data, tokenizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, course.base.text.parameters(), strict=True))
+
+
+def test_another_batch_size_is_refused(data, tokenizer, tmp_path):
+    Course(Settings(samples=12, size=2), tmp_path, torch.device("cpu")).save(STATE)
+    with pytest.raises(SystemExit, match="another --work"):
+        take_up(Course(Settings(samples=12, size=3), tmp_path, torch.device("cpu")))
+
+
+def test_latents_are_kept_until_the_data_set_is_another(tmp_path):
+    (tmp_path / "concepts.json").write_text(json.dumps([asdict(concept(1))]))
+    (tmp_path / "manifest.json").write_text('{"sha256": "a"}')
+    folder = tmp_path / "pictures" / "noto"
+    folder.mkdir(parents=True)
+    Image.fromarray(np.full((128, 128, 3), 200, np.uint8)).save(folder / "0001.png")
+    vae, cache = model.load_autoencoder(), tmp_path / "latents.safetensors"
+    first = load_latents(tmp_path, vae, cache, views=2)
+    assert first.values.shape == (1, 2, 4, 16, 16) and first.styles == ["noto"]
+    exact = vae.encode(torch.full((1, 3, 128, 128), 200 / 127.5 - 1)).latents
+    assert (first.values[0, 0] - exact).abs().max() < 0.1
+    Image.fromarray(np.zeros((128, 128, 3), np.uint8)).save(folder / "0001.png")
+    assert torch.equal(load_latents(tmp_path, vae, cache, views=2).values, first.values)
+    (tmp_path / "manifest.json").write_text('{"sha256": "b"}')
+    assert not torch.equal(load_latents(tmp_path, vae, cache, views=2).values, first.values)
+
+
+def test_the_base_has_the_modules_of_stable_diffusion_1_5():
+    denoiser = model.new_denoiser()
+    assert len(find_layers(denoiser, SD1.targets["attention+ff"])) == 192
+    shipped = json.loads((model.NANO / "unet" / "config.json").read_text())
+    assert list(denoiser.config.block_out_channels) == shipped["block_out_channels"]
+
+
+@pytest.mark.skipif(not twin.supported(), reason="needs AVX-512 BF16")
+def test_the_twin_computes_the_masters_gradients(tmp_path):
+    master = model.new_denoiser()
+    fast = twin.Twin(master, tmp_path)
+    x, t = torch.randn(4, 4, 16, 16), torch.tensor([10, 300, 600, 990])
+    states, noise = torch.randn(4, 77, 128, requires_grad=True), torch.randn(4, 4, 16, 16)
+    F.mse_loss(master(x, t, states, return_dict=False)[0], noise).backward()
+    exact = [p.grad.clone() for p in master.parameters()]
+    exact_states, states.grad = states.grad, None
+    F.mse_loss(fast(x, t, states)[0].float(), noise).backward()
+    fast.hand_over_gradients()
+    whole = [torch.cat([g.flatten() for g in gs]) for gs in (exact, [p.grad for p in master.parameters()])]
+    assert F.cosine_similarity(*whole, dim=0) > 0.999
+    assert F.cosine_similarity(exact_states.flatten(), states.grad.flatten(), dim=0) > 0.999
+    for a, p in zip(exact, master.parameters(), strict=True):
+        assert F.cosine_similarity(a.flatten(), p.grad.flatten(), dim=0) > 0.98
