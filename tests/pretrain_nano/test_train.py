@@ -16,10 +16,12 @@ from tools.pretrain_nano import model, twin
 from tools.pretrain_nano.batches import batch
 from tools.pretrain_nano.captions import caption, prompt
 from tools.pretrain_nano.concepts import Concept
+from tools.pretrain_nano.course import Course, Settings, loss_weight
+from tools.pretrain_nano.crew import Crew
 from tools.pretrain_nano.latents import Latents, load_latents
 from tools.pretrain_nano.sources import STYLES
 from tools.pretrain_nano.tokenizer import TRIGGERS, train_tokenizer
-from tools.pretrain_nano.train import STATE, Course, Settings, loss_weight, take_up
+from tools.pretrain_nano.train import STATE, take_up
 
 NOTO = STYLES[0]
 
@@ -108,10 +110,32 @@ def test_the_text_encoder_rests_behind_the_turn(data, tokenizer, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before, course.base.text.parameters(), strict=True))
 
 
-def test_another_batch_size_is_refused(data, tokenizer, tmp_path):
+def test_another_batch_size_goes_on_at_as_many_samples(data, tokenizer, tmp_path):
+    first = Course(Settings(samples=24, size=2), tmp_path, torch.device("cpu"))
+    first.step = 6
+    first.save(STATE)
+    second = Course(Settings(samples=24, size=3), tmp_path, torch.device("cpu"))
+    take_up(second)
+    assert second.step == 4
+
+
+def test_another_seed_is_refused(tmp_path):
     Course(Settings(samples=12, size=2), tmp_path, torch.device("cpu")).save(STATE)
     with pytest.raises(SystemExit, match="another --work"):
-        take_up(Course(Settings(samples=12, size=3), tmp_path, torch.device("cpu")))
+        take_up(Course(Settings(samples=12, size=2, seed=1), tmp_path, torch.device("cpu")))
+
+
+def test_two_processes_compute_what_one_does(data, tokenizer, tmp_path):
+    settings, cpu = Settings(samples=20, size=4, warm_up_steps=1), torch.device("cpu")
+    alone, together = Course(settings, tmp_path, cpu), Course(settings, tmp_path, cpu)
+    alone.base.compute_in_bf16(tmp_path)
+    together.base.compute_in_bf16(tmp_path)
+    together.crew = Crew(together.base, 2, settings.size, tmp_path)
+    losses = [(alone.advance(data, tokenizer), together.advance(data, tokenizer)) for _ in range(2)]
+    together.crew.dismiss()
+    assert all(a == pytest.approx(b, rel=1e-2) for a, b in losses)
+    moved = [torch.cat([p.detach().flatten() for p in c.base.parameters()]) for c in (alone, together)]
+    assert F.cosine_similarity(*moved, dim=0) > 0.9999
 
 
 def test_latents_are_kept_until_the_data_set_is_another(tmp_path):

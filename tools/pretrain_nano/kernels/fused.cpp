@@ -1,102 +1,633 @@
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-#include <immintrin.h>
+// GroupNorm (of x plus a vector, then SiLU if asked), LayerNorm and GEGLU, forward and backward, on bf16.
+//
+// Each reads its input once or twice instead of once per elementary operation. Sums run in fp32 per channel; sums over
+// the channels of a group run in fp64.
+
+#include <cmath>
+#include <optional>
+#include <tuple>
 #include <vector>
-typedef uint16_t u16; typedef __m512 V;
-static inline V ld(const u16*p){return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)),16));}
-static inline void st(u16*p,V x){_mm256_storeu_si256((__m256i*)p,(__m256i)_mm512_cvtneps_pbh(x));}
-static inline V s1(float f){return _mm512_set1_ps(f);}
-static inline V vexp(V x){
-  x=_mm512_min_ps(_mm512_max_ps(x,s1(-87.f)),s1(87.f));
-  V t=_mm512_mul_ps(x,s1(1.44269504f)),n=_mm512_roundscale_ps(t,0),f=_mm512_sub_ps(t,n),p=s1(1.33335581e-3f);
-  p=_mm512_fmadd_ps(p,f,s1(9.61812911e-3f));p=_mm512_fmadd_ps(p,f,s1(5.55041087e-2f));p=_mm512_fmadd_ps(p,f,s1(2.40226507e-1f));
-  p=_mm512_fmadd_ps(p,f,s1(6.93147181e-1f));p=_mm512_fmadd_ps(p,f,s1(1.f));return _mm512_scalef_ps(p,n);}
-static inline V sigm(V x){return _mm512_div_ps(s1(1.f),_mm512_add_ps(s1(1.f),vexp(_mm512_sub_ps(_mm512_setzero_ps(),x))));}
-// Phi(z) and phi(z)
-static inline void gphi(V z,V&P,V&p){
-  V e=vexp(_mm512_mul_ps(_mm512_mul_ps(z,z),s1(-.5f)));p=_mm512_mul_ps(e,s1(0.39894228f));
-  V a=_mm512_mul_ps(_mm512_abs_ps(z),s1(0.70710678f));V t=_mm512_div_ps(s1(1.f),_mm512_fmadd_ps(a,s1(0.3275911f),s1(1.f)));
-  V q=s1(1.061405429f);q=_mm512_fmadd_ps(q,t,s1(-1.453152027f));q=_mm512_fmadd_ps(q,t,s1(1.421413741f));q=_mm512_fmadd_ps(q,t,s1(-0.284496736f));q=_mm512_fmadd_ps(q,t,s1(0.254829592f));
-  V h=_mm512_mul_ps(_mm512_mul_ps(_mm512_mul_ps(q,t),e),s1(.5f)); // upper tail = .5*erfc(|z|/sqrt2)
-  __mmask16 neg=_mm512_cmp_ps_mask(z,_mm512_setzero_ps(),_CMP_LT_OQ);
-  P=_mm512_mask_blend_ps(neg,_mm512_sub_ps(s1(1.f),h),h);}
-#define CL at::MemoryFormat::ChannelsLast
-using T=at::Tensor;
-static std::vector<float> tof(const T&w){auto f=w.to(at::kFloat).contiguous();return std::vector<float>(f.data_ptr<float>(),f.data_ptr<float>()+f.numel());}
-// x [B,C,H,W] channels_last bf16, t [B,C] bf16 or empty; returns y, stats[B,2,C] (per channel scale mean,rstd)
-std::tuple<T,T> gn_fwd(const T&x_,const T&t_,const T&w_,const T&b_,int64_t G,double eps,bool silu){
-  auto x=x_.contiguous(CL);int B=x.size(0),C=x.size(1),S=x.size(2)*x.size(3);TORCH_CHECK(C%16==0&&x.scalar_type()==at::kBFloat16);
-  auto y=at::empty_like(x);auto stt=at::empty({B,2,C},x.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
-  auto w=tof(w_),bb=tof(b_);std::vector<float> tt=t_.numel()?tof(t_):std::vector<float>((size_t)B*C,0.f);
-  const u16*X=(u16*)x.data_ptr();u16*Y=(u16*)y.data_ptr();float*ST=stt.data_ptr<float>();int cg=C/G;
-  at::parallel_for(0,B,1,[&](int64_t i0,int64_t i1){std::vector<float> a(C),q(C);
-   for(int64_t i=i0;i<i1;i++){const u16*xb=X+i*S*C;u16*yb=Y+i*S*C;const float*t=tt.data()+i*C;float*mu=ST+i*2*C,*rs=mu+C;
-    for(int c=0;c<C;c+=16){V s=s1(0),s2=s1(0),tv=_mm512_loadu_ps(t+c);for(int r=0;r<S;r++){V v=_mm512_add_ps(ld(xb+r*C+c),tv);s=_mm512_add_ps(s,v);s2=_mm512_fmadd_ps(v,v,s2);}
-      _mm512_storeu_ps(&a[c],s);_mm512_storeu_ps(&q[c],s2);}
-    for(int g=0;g<G;g++){double m=0,e=0;for(int c=g*cg;c<g*cg+cg;c++){m+=a[c];e+=q[c];}double N=(double)cg*S;m/=N;e=e/N-m*m;if(e<0)e=0;float r=1/std::sqrt(e+eps);for(int c=g*cg;c<g*cg+cg;c++){mu[c]=m;rs[c]=r;}}
-    for(int c=0;c<C;c+=16){V sc=_mm512_mul_ps(_mm512_loadu_ps(&w[c]),_mm512_loadu_ps(rs+c));
-      V sh=_mm512_fmadd_ps(_mm512_sub_ps(_mm512_loadu_ps(t+c),_mm512_loadu_ps(mu+c)),sc,_mm512_loadu_ps(&bb[c]));
-      if(silu)for(int r=0;r<S;r++){V z=_mm512_fmadd_ps(ld(xb+r*C+c),sc,sh);st(yb+r*C+c,_mm512_mul_ps(z,sigm(z)));}
-      else for(int r=0;r<S;r++)st(yb+r*C+c,_mm512_fmadd_ps(ld(xb+r*C+c),sc,sh));}
-   }});
-  return {y,stt};
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "simd.h"
+
+namespace nano {
+namespace {
+
+// Rows of LayerNorm whose weight gradients are added up in one sum.
+constexpr int64_t kRowsPerSum = 256;
+// Rows of GEGLU that a thread takes at a time.
+constexpr int64_t kGegluGrain = 64;
+
+// Checks that a tensor is bf16 on the CPU.
+void check_bf16(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK(tensor.device().is_cpu(), name, " must be on the CPU, not on ", tensor.device());
+  TORCH_CHECK(tensor.scalar_type() == at::kBFloat16, name, " must be bfloat16, not ", tensor.scalar_type());
 }
-std::tuple<T,T,T,T> gn_bwd(const T&g_,const T&x_,const T&t_,const T&w_,const T&b_,const T&stt,int64_t G,bool silu){
-  auto x=x_.contiguous(CL),g=g_.to(at::kBFloat16).contiguous(CL);int B=x.size(0),C=x.size(1),S=x.size(2)*x.size(3);
-  auto dx=at::empty_like(x);auto fo=stt.options();auto dw=at::empty({B,C},fo),db=at::empty({B,C},fo),dt=at::empty({B,C},fo);
-  auto w=tof(w_),bb=tof(b_);bool ht=t_.numel();std::vector<float> tt=ht?tof(t_):std::vector<float>((size_t)B*C,0.f);
-  const u16*X=(u16*)x.data_ptr(),*Gp=(u16*)g.data_ptr();u16*DX=(u16*)dx.data_ptr();const float*ST=stt.data_ptr<float>();float*DW=dw.data_ptr<float>(),*DB=db.data_ptr<float>(),*DT=dt.data_ptr<float>();int cg=C/G;
-  at::parallel_for(0,B,1,[&](int64_t i0,int64_t i1){std::vector<float> k1(C),k2(C),dz((size_t)S*16*(C/16));
-   for(int64_t i=i0;i<i1;i++){const u16*xb=X+i*S*C,*gb=Gp+i*S*C;u16*ob=DX+i*S*C;const float*t=tt.data()+i*C,*mu=ST+i*2*C,*rs=mu+C;float*A=DB+i*C,*Q=DW+i*C;
-    for(int c=0;c<C;c+=16){V rv=_mm512_loadu_ps(rs+c),mv=_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(t+c),_mm512_loadu_ps(mu+c)),rv),wv=_mm512_loadu_ps(&w[c]),bv=_mm512_loadu_ps(&bb[c]),sa=s1(0),sq=s1(0);float*d=dz.data()+(size_t)c*S;
-      for(int r=0;r<S;r++){V h=_mm512_fmadd_ps(ld(xb+r*C+c),rv,mv),gg=ld(gb+r*C+c);
-        if(silu){V z=_mm512_fmadd_ps(h,wv,bv),s=sigm(z);gg=_mm512_mul_ps(gg,_mm512_mul_ps(s,_mm512_fmadd_ps(z,_mm512_sub_ps(s1(1.f),s),s1(1.f))));}
-        _mm512_storeu_ps(d+r*16,gg);sa=_mm512_add_ps(sa,gg);sq=_mm512_fmadd_ps(gg,h,sq);}
-      _mm512_storeu_ps(A+c,sa);_mm512_storeu_ps(Q+c,sq);}
-    for(int g=0;g<G;g++){double a=0,q=0;for(int c=g*cg;c<g*cg+cg;c++){a+=(double)w[c]*A[c];q+=(double)w[c]*Q[c];}double N=(double)cg*S;for(int c=g*cg;c<g*cg+cg;c++){k1[c]=a/N;k2[c]=q/N;}}
-    for(int c=0;c<C;c+=16){V rv=_mm512_loadu_ps(rs+c),mv=_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(t+c),_mm512_loadu_ps(mu+c)),rv),wv=_mm512_loadu_ps(&w[c]),a=_mm512_loadu_ps(&k1[c]),q=_mm512_loadu_ps(&k2[c]),sd=s1(0);const float*d=dz.data()+(size_t)c*S;
-      for(int r=0;r<S;r++){V h=_mm512_fmadd_ps(ld(xb+r*C+c),rv,mv);V o=_mm512_mul_ps(rv,_mm512_fnmadd_ps(h,q,_mm512_fmsub_ps(wv,_mm512_loadu_ps(d+r*16),a)));sd=_mm512_add_ps(sd,o);st(ob+r*C+c,o);}
-      _mm512_storeu_ps(DT+i*C+c,sd);}
-   }});
-  return {dx,ht?dt.to(t_.scalar_type()):at::empty({0},t_.options()),dw.sum(0).to(w_.scalar_type()),db.sum(0).to(w_.scalar_type())};
+
+// Checks that a gradient has the shape of what it belongs to.
+void check_gradient(const at::Tensor& gradient, at::IntArrayRef sizes) {
+  TORCH_CHECK(gradient.sizes() == sizes, "gradient must have shape ", sizes, ", and has ", gradient.sizes());
 }
-std::tuple<T,T> ln_fwd(const T&x_,const T&w_,const T&b_,double eps){
-  auto x=x_.contiguous();int C=x.size(-1);int64_t M=x.numel()/C;TORCH_CHECK(C%16==0&&x.scalar_type()==at::kBFloat16);
-  auto y=at::empty_like(x);auto stt=at::empty({M,2},x.options().dtype(at::kFloat));auto w=tof(w_),b=tof(b_);
-  const u16*X=(u16*)x.data_ptr();u16*Y=(u16*)y.data_ptr();float*ST=stt.data_ptr<float>();
-  at::parallel_for(0,M,256,[&](int64_t i0,int64_t i1){for(int64_t i=i0;i<i1;i++){const u16*xb=X+i*C;V s=s1(0),q=s1(0);
-    for(int c=0;c<C;c+=16)s=_mm512_add_ps(s,ld(xb+c));float m=_mm512_reduce_add_ps(s)/C;
-    for(int c=0;c<C;c+=16){V d=_mm512_sub_ps(ld(xb+c),s1(m));q=_mm512_fmadd_ps(d,d,q);}float r=1/std::sqrt(_mm512_reduce_add_ps(q)/C+(float)eps);
-    ST[2*i]=m;ST[2*i+1]=r;
-    for(int c=0;c<C;c+=16)st(Y+i*C+c,_mm512_fmadd_ps(_mm512_mul_ps(_mm512_sub_ps(ld(xb+c),s1(m)),s1(r)),_mm512_loadu_ps(&w[c]),_mm512_loadu_ps(&b[c])));}});
-  return {y,stt};
+
+// Checks that a parameter has one number per channel.
+void check_parameter(const at::Tensor& parameter, int64_t channels, const char* name) {
+  TORCH_CHECK(
+      parameter.dim() == 1 && parameter.size(0) == channels,
+      name, " must have shape [", channels, "], one number per channel, and has ", parameter.sizes());
 }
-std::tuple<T,T,T> ln_bwd(const T&g_,const T&x_,const T&w_,const T&stt){
-  auto x=x_.contiguous(),g=g_.to(at::kBFloat16).contiguous();int C=x.size(-1);int64_t M=x.numel()/C;
-  auto dx=at::empty_like(x);int64_t CH=256,nc=(M+CH-1)/CH;auto dwb=at::zeros({nc,2,C},stt.options());auto w=tof(w_);
-  const u16*X=(u16*)x.data_ptr(),*Gp=(u16*)g.data_ptr();u16*DX=(u16*)dx.data_ptr();const float*ST=stt.data_ptr<float>();float*DWB=dwb.data_ptr<float>();
-  at::parallel_for(0,nc,1,[&](int64_t n0,int64_t n1){for(int64_t n=n0;n<n1;n++){float*dw=DWB+n*2*C,*db=dw+C;
-   for(int64_t i=n*CH;i<std::min(M,(n+1)*CH);i++){const u16*xb=X+i*C,*gb=Gp+i*C;V r=s1(ST[2*i+1]),m=s1(-ST[2*i]*ST[2*i+1]),a=s1(0),q=s1(0);
-    for(int c=0;c<C;c+=16){V h=_mm512_fmadd_ps(ld(xb+c),r,m),gg=ld(gb+c),wg=_mm512_mul_ps(gg,_mm512_loadu_ps(&w[c]));a=_mm512_add_ps(a,wg);q=_mm512_fmadd_ps(wg,h,q);
-      _mm512_storeu_ps(dw+c,_mm512_fmadd_ps(gg,h,_mm512_loadu_ps(dw+c)));_mm512_storeu_ps(db+c,_mm512_add_ps(gg,_mm512_loadu_ps(db+c)));}
-    V av=s1(_mm512_reduce_add_ps(a)/C),qv=s1(_mm512_reduce_add_ps(q)/C);
-    for(int c=0;c<C;c+=16){V h=_mm512_fmadd_ps(ld(xb+c),r,m),wg=_mm512_mul_ps(ld(gb+c),_mm512_loadu_ps(&w[c]));st(DX+i*C+c,_mm512_mul_ps(r,_mm512_fnmadd_ps(h,qv,_mm512_sub_ps(wg,av))));}}}});
-  auto s=dwb.sum(0);return {dx,s[0].to(w_.scalar_type()),s[1].to(w_.scalar_type())};
+
+// Checks what the backward pass gets from the forward pass.
+void check_statistics(const at::Tensor& statistics, at::IntArrayRef sizes) {
+  TORCH_CHECK(
+      statistics.scalar_type() == at::kFloat && statistics.is_contiguous() && statistics.sizes() == sizes,
+      "statistics must be what the forward pass returned, fp32 ", sizes, ", and is ",
+      statistics.scalar_type(), " ", statistics.sizes());
 }
-T geglu_fwd(const T&h_){auto h=h_.contiguous();int64_t F=h.size(-1)/2,M=h.numel()/(2*F);TORCH_CHECK(F%16==0&&h.scalar_type()==at::kBFloat16);
-  auto sz=h.sizes().vec();sz.back()=F;auto y=at::empty(sz,h.options());const u16*H=(u16*)h.data_ptr();u16*Y=(u16*)y.data_ptr();
-  at::parallel_for(0,M,64,[&](int64_t i0,int64_t i1){for(int64_t i=i0;i<i1;i++)for(int f=0;f<F;f+=16){V a=ld(H+i*2*F+f),z=ld(H+i*2*F+F+f),P,p;gphi(z,P,p);st(Y+i*F+f,_mm512_mul_ps(a,_mm512_mul_ps(z,P)));}});
-  return y;}
-T geglu_bwd(const T&g_,const T&h_){auto h=h_.contiguous(),g=g_.to(at::kBFloat16).contiguous();int64_t F=h.size(-1)/2,M=h.numel()/(2*F);
-  auto d=at::empty_like(h);const u16*H=(u16*)h.data_ptr(),*Gp=(u16*)g.data_ptr();u16*D=(u16*)d.data_ptr();
-  at::parallel_for(0,M,64,[&](int64_t i0,int64_t i1){for(int64_t i=i0;i<i1;i++)for(int f=0;f<F;f+=16){V a=ld(H+i*2*F+f),z=ld(H+i*2*F+F+f),gg=ld(Gp+i*F+f),P,p;gphi(z,P,p);
-    st(D+i*2*F+f,_mm512_mul_ps(gg,_mm512_mul_ps(z,P)));st(D+i*2*F+F+f,_mm512_mul_ps(_mm512_mul_ps(gg,a),_mm512_fmadd_ps(z,p,P)));}});
-  return d;}
-TORCH_LIBRARY(nanoops,m){
-  m.def("gn_fwd(Tensor x,Tensor t,Tensor w,Tensor b,int G,float eps,bool silu)->(Tensor,Tensor)",&gn_fwd);
-  m.def("gn_bwd(Tensor g,Tensor x,Tensor t,Tensor w,Tensor b,Tensor st,int G,bool silu)->(Tensor,Tensor,Tensor,Tensor)",&gn_bwd);
-  m.def("ln_fwd(Tensor x,Tensor w,Tensor b,float eps)->(Tensor,Tensor)",&ln_fwd);
-  m.def("ln_bwd(Tensor g,Tensor x,Tensor w,Tensor st)->(Tensor,Tensor,Tensor)",&ln_bwd);
-  m.def("geglu_fwd(Tensor h)->Tensor",&geglu_fwd);m.def("geglu_bwd(Tensor g,Tensor h)->Tensor",&geglu_bwd);
+
+// Returns a tensor as contiguous fp32.
+at::Tensor as_floats(const at::Tensor& tensor) {
+  return tensor.to(at::kFloat).contiguous();
 }
+
+// ---- GroupNorm ----
+//
+// x: (B, C, H, W), channels last, so a sample is (S, C) with S = H W. Registers hold sixteen channels of one pixel;
+// loops run over the pixels first, then over the channels.
+
+// Sizes of one call.
+struct GroupNormSizes {
+  int64_t batch;
+  int64_t channels;
+  int64_t pixels;
+  int64_t groups;
+
+  // Returns the numbers of one group of one sample.
+  double group_numbers() const {
+    return static_cast<double>(channels / groups) * static_cast<double>(pixels);
+  }
+};
+
+// Checks dtypes and shapes of x (B, C, H, W), added (B, C) if there is any, weight and bias (C); returns the sizes.
+GroupNormSizes measure_group_norm(
+    const at::Tensor& x,
+    const std::optional<at::Tensor>& added,
+    const at::Tensor& weight,
+    const at::Tensor& bias,
+    int64_t groups) {
+  check_bf16(x, "x");
+  TORCH_CHECK(x.dim() == 4, "x must be (batch, channels, height, width), not ", x.sizes());
+  const int64_t batch = x.size(0);
+  const int64_t channels = x.size(1);
+  TORCH_CHECK(channels % kLanes == 0, "channels must be a multiple of ", kLanes, ", and are ", channels);
+  TORCH_CHECK(
+      groups > 0 && channels % groups == 0, channels, " channels cannot be parted into ", groups, " equal groups");
+  check_parameter(weight, channels, "weight");
+  check_parameter(bias, channels, "bias");
+  TORCH_CHECK(
+      !added.has_value() || added->sizes() == at::IntArrayRef({batch, channels}),
+      "added must be (batch, channels) = [", batch, ", ", channels, "], and is ", added->sizes());
+  return {batch, channels, x.size(2) * x.size(3), groups};
+}
+
+// Returns the added vectors as fp32 (B, C), zeros if there are none.
+at::Tensor added_as_floats(const std::optional<at::Tensor>& added, const GroupNormSizes& sizes) {
+  if (added.has_value()) {
+    return as_floats(*added);
+  }
+  return at::zeros({sizes.batch, sizes.channels}, at::TensorOptions().dtype(at::kFloat));
+}
+
+// Computes mean and 1 / sqrt(variance + eps) of each group of x + added, written once per channel of the group.
+// x: (S, C) of one sample; added, mean, inverse_deviation: (C); sums, square_sums: working memory (C).
+void group_statistics(
+    const GroupNormSizes& sizes,
+    const BFloat16* x,
+    const float* added,
+    double eps,
+    float* sums,
+    float* square_sums,
+    float* mean,
+    float* inverse_deviation) {
+  const int64_t channels = sizes.channels;
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const __m512 shift = _mm512_loadu_ps(added + c);
+    __m512 sum = _mm512_setzero_ps();
+    __m512 square_sum = _mm512_setzero_ps();
+    for (int64_t s = 0; s < sizes.pixels; s++) {
+      const __m512 value = _mm512_add_ps(load_bf16(x + s * channels + c), shift);
+      sum = _mm512_add_ps(sum, value);
+      square_sum = _mm512_fmadd_ps(value, value, square_sum);
+    }
+    _mm512_storeu_ps(sums + c, sum);
+    _mm512_storeu_ps(square_sums + c, square_sum);
+  }
+  const int64_t group_channels = channels / sizes.groups;
+  const double numbers = sizes.group_numbers();
+  for (int64_t begin = 0; begin < channels; begin += group_channels) {
+    const int64_t end = begin + group_channels;
+    double group_mean = 0.0;
+    double group_square = 0.0;
+    for (int64_t c = begin; c < end; c++) {
+      group_mean += sums[c];
+      group_square += square_sums[c];
+    }
+    group_mean /= numbers;
+    const double variance = std::max(std::fma(-group_mean, group_mean, group_square / numbers), 0.0);  // NaN stays
+    const double inverse = 1.0 / std::sqrt(variance + eps);
+    std::fill(mean + begin, mean + end, static_cast<float>(group_mean));
+    std::fill(inverse_deviation + begin, inverse_deviation + end, static_cast<float>(inverse));
+  }
+}
+
+// Computes one sample, (S, C): y = f(scale x + shift), scale = weight / deviation, shift = scale (added - mean) + bias;
+// f is SiLU, z sigmoid(z), or the identity. All but x and y: (C).
+template <bool kSilu>
+void normalize_sample(
+    const GroupNormSizes& sizes,
+    const BFloat16* x,
+    const float* added,
+    const float* weight,
+    const float* bias,
+    const float* mean,
+    const float* inverse_deviation,
+    BFloat16* y) {
+  const int64_t channels = sizes.channels;
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(weight + c), _mm512_loadu_ps(inverse_deviation + c));
+    const __m512 centre = _mm512_sub_ps(_mm512_loadu_ps(added + c), _mm512_loadu_ps(mean + c));
+    const __m512 shift = _mm512_fmadd_ps(centre, scale, _mm512_loadu_ps(bias + c));
+    for (int64_t s = 0; s < sizes.pixels; s++) {
+      __m512 z = _mm512_fmadd_ps(load_bf16(x + s * channels + c), scale, shift);
+      if constexpr (kSilu) {
+        z = _mm512_mul_ps(z, sigmoid(z));
+      }
+      store_bf16(y + s * channels + c, z);
+    }
+  }
+}
+
+// Computes y = f(GroupNorm(x + added) weight + bias), f SiLU or the identity. x: (B, C, H, W) bf16, C a multiple of 16;
+// added: (B, C), any dtype, or none. Returns y as x, channels last, and statistics (B, 2, C) fp32: each channel's mean
+// and 1 / deviation. Source: Wu & He 2018, arXiv:1803.08494, section 3.
+std::tuple<at::Tensor, at::Tensor> group_norm_forward(
+    const at::Tensor& x,
+    const std::optional<at::Tensor>& added,
+    const at::Tensor& weight,
+    const at::Tensor& bias,
+    int64_t groups,
+    double eps,
+    bool silu) {
+  const GroupNormSizes sizes = measure_group_norm(x, added, weight, bias, groups);
+  const int64_t channels = sizes.channels;
+  const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor shift = added_as_floats(added, sizes);
+  const at::Tensor weight_floats = as_floats(weight);
+  const at::Tensor bias_floats = as_floats(bias);
+  const at::Tensor y = at::empty_like(input);
+  const at::Tensor statistics = at::empty({sizes.batch, 2, channels}, shift.options());
+  const BFloat16* x_data = input.const_data_ptr<BFloat16>();
+  const float* shift_data = shift.const_data_ptr<float>();
+  const float* weight_data = weight_floats.const_data_ptr<float>();
+  const float* bias_data = bias_floats.const_data_ptr<float>();
+  BFloat16* y_data = y.mutable_data_ptr<BFloat16>();
+  float* statistics_data = statistics.mutable_data_ptr<float>();
+  const auto normalize = silu ? normalize_sample<true> : normalize_sample<false>;
+  at::parallel_for(0, sizes.batch, 1, [&](int64_t begin, int64_t end) {
+    const Buffer<float> sums = make_buffer<float>(channels);
+    const Buffer<float> square_sums = make_buffer<float>(channels);
+    for (int64_t b = begin; b < end; b++) {
+      const BFloat16* sample = x_data + b * sizes.pixels * channels;
+      const float* sample_shift = shift_data + b * channels;
+      float* mean = statistics_data + b * 2 * channels;
+      float* inverse_deviation = mean + channels;
+      group_statistics(
+          sizes, sample, sample_shift, eps, sums.get(), square_sums.get(), mean, inverse_deviation);
+      normalize(
+          sizes,
+          sample,
+          sample_shift,
+          weight_data,
+          bias_data,
+          mean,
+          inverse_deviation,
+          y_data + b * sizes.pixels * channels);
+    }
+  });
+  return {y, statistics};
+}
+
+// One sample's tensors in GroupNorm's backward pass: x, gradient and d_x (S, C); the others (C).
+struct GroupNormSample {
+  const BFloat16* x;
+  const BFloat16* gradient;
+  const float* added;
+  const float* weight;
+  const float* bias;
+  const float* mean;
+  const float* inverse_deviation;
+  BFloat16* d_x;
+  float* d_added;
+  float* d_weight;
+  float* d_bias;
+};
+
+// Computes one sample's dz, the gradient before SiLU, and what follows from it per channel: d_bias = sum of dz and
+// d_weight = sum of dz h, with h = (x + added - mean) / deviation and z = weight h + bias.
+// Formula: SiLU'(z) = s (1 + z (1 - s)), s = sigmoid(z). dz: [C / 16][S][16], so that it is written in one go.
+template <bool kSilu>
+void differentiate_channels(const GroupNormSizes& sizes, const GroupNormSample& sample, float* dz) {
+  const int64_t channels = sizes.channels;
+  const __m512 one = broadcast(1.0f);
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const __m512 scale = _mm512_loadu_ps(sample.inverse_deviation + c);
+    const __m512 centre = _mm512_sub_ps(_mm512_loadu_ps(sample.added + c), _mm512_loadu_ps(sample.mean + c));
+    const __m512 shift = _mm512_mul_ps(centre, scale);
+    const __m512 weight = _mm512_loadu_ps(sample.weight + c);
+    const __m512 bias = _mm512_loadu_ps(sample.bias + c);
+    float* dz_column = dz + c * sizes.pixels;
+    __m512 sum = _mm512_setzero_ps();
+    __m512 weighted_sum = _mm512_setzero_ps();
+    for (int64_t s = 0; s < sizes.pixels; s++) {
+      const __m512 h = _mm512_fmadd_ps(load_bf16(sample.x + s * channels + c), scale, shift);
+      __m512 gradient = load_bf16(sample.gradient + s * channels + c);
+      if constexpr (kSilu) {
+        const __m512 z = _mm512_fmadd_ps(h, weight, bias);
+        const __m512 gate = sigmoid(z);
+        const __m512 slope = _mm512_mul_ps(gate, _mm512_fmadd_ps(z, _mm512_sub_ps(one, gate), one));
+        gradient = _mm512_mul_ps(gradient, slope);
+      }
+      _mm512_storeu_ps(dz_column + s * kLanes, gradient);
+      sum = _mm512_add_ps(sum, gradient);
+      weighted_sum = _mm512_fmadd_ps(gradient, h, weighted_sum);
+    }
+    _mm512_storeu_ps(sample.d_bias + c, sum);
+    _mm512_storeu_ps(sample.d_weight + c, weighted_sum);
+  }
+}
+
+// Computes what each group's mean and deviation pass on, written once per channel of the group: the means over the
+// group of weight dz and of weight dz h. dz_means, dz_h_means: (C).
+void differentiate_groups(
+    const GroupNormSizes& sizes, const GroupNormSample& sample, float* dz_means, float* dz_h_means) {
+  const int64_t group_channels = sizes.channels / sizes.groups;
+  const double numbers = sizes.group_numbers();
+  for (int64_t begin = 0; begin < sizes.channels; begin += group_channels) {
+    const int64_t end = begin + group_channels;
+    double dz_sum = 0.0;
+    double dz_h_sum = 0.0;
+    for (int64_t c = begin; c < end; c++) {
+      const double weight = sample.weight[c];
+      dz_sum += weight * sample.d_bias[c];
+      dz_h_sum += weight * sample.d_weight[c];
+    }
+    std::fill(dz_means + begin, dz_means + end, static_cast<float>(dz_sum / numbers));
+    std::fill(dz_h_means + begin, dz_h_means + end, static_cast<float>(dz_h_sum / numbers));
+  }
+}
+
+// Computes one sample's dx = (weight dz - mean(weight dz) - h mean(weight dz h)) / deviation, the means over the group,
+// and d_added, its sum over the pixels. dz: [C / 16][S][16]; dz_means, dz_h_means: (C).
+// Source: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3 (the same derivative, over a batch instead of a group).
+void differentiate_input(
+    const GroupNormSizes& sizes,
+    const GroupNormSample& sample,
+    const float* dz,
+    const float* dz_means,
+    const float* dz_h_means) {
+  const int64_t channels = sizes.channels;
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const __m512 scale = _mm512_loadu_ps(sample.inverse_deviation + c);
+    const __m512 centre = _mm512_sub_ps(_mm512_loadu_ps(sample.added + c), _mm512_loadu_ps(sample.mean + c));
+    const __m512 shift = _mm512_mul_ps(centre, scale);
+    const __m512 weight = _mm512_loadu_ps(sample.weight + c);
+    const __m512 dz_mean = _mm512_loadu_ps(dz_means + c);
+    const __m512 dz_h_mean = _mm512_loadu_ps(dz_h_means + c);
+    const float* dz_column = dz + c * sizes.pixels;
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t s = 0; s < sizes.pixels; s++) {
+      const __m512 h = _mm512_fmadd_ps(load_bf16(sample.x + s * channels + c), scale, shift);
+      const __m512 centred = _mm512_fmsub_ps(weight, _mm512_loadu_ps(dz_column + s * kLanes), dz_mean);
+      const __m512 d_x = _mm512_mul_ps(scale, _mm512_fnmadd_ps(h, dz_h_mean, centred));
+      sum = _mm512_add_ps(sum, d_x);
+      store_bf16(sample.d_x + s * channels + c, d_x);
+    }
+    _mm512_storeu_ps(sample.d_added + c, sum);
+  }
+}
+
+// Computes the gradients of group_norm_forward. gradient: as y, converted to bf16; statistics (B, 2, C) as returned by
+// the forward pass. Returns dx (B, C, H, W) bf16, channels last; d_added (B, C) in added's dtype, undefined (None) if
+// there is no added; d_weight and d_bias (C) in their dtypes. Formulas: the three functions above.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> group_norm_backward(
+    const at::Tensor& gradient,
+    const at::Tensor& x,
+    const std::optional<at::Tensor>& added,
+    const at::Tensor& weight,
+    const at::Tensor& bias,
+    const at::Tensor& statistics,
+    int64_t groups,
+    bool silu) {
+  const GroupNormSizes sizes = measure_group_norm(x, added, weight, bias, groups);
+  const int64_t channels = sizes.channels;
+  const int64_t pixels = sizes.pixels;
+  check_gradient(gradient, x.sizes());
+  check_statistics(statistics, {sizes.batch, 2, channels});
+  const at::Tensor input = x.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor d_y = gradient.to(at::kBFloat16).contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor shift = added_as_floats(added, sizes);
+  const at::Tensor weight_floats = as_floats(weight);
+  const at::Tensor bias_floats = as_floats(bias);
+  const at::Tensor d_x = at::empty_like(input);
+  const at::Tensor d_added = at::empty_like(shift);
+  const at::Tensor d_weight = at::empty_like(shift);
+  const at::Tensor d_bias = at::empty_like(shift);
+  const GroupNormSample whole{
+      input.const_data_ptr<BFloat16>(),
+      d_y.const_data_ptr<BFloat16>(),
+      shift.const_data_ptr<float>(),
+      weight_floats.const_data_ptr<float>(),
+      bias_floats.const_data_ptr<float>(),
+      statistics.const_data_ptr<float>(),
+      statistics.const_data_ptr<float>() + channels,
+      d_x.mutable_data_ptr<BFloat16>(),
+      d_added.mutable_data_ptr<float>(),
+      d_weight.mutable_data_ptr<float>(),
+      d_bias.mutable_data_ptr<float>()};
+  const auto differentiate = silu ? differentiate_channels<true> : differentiate_channels<false>;
+  at::parallel_for(0, sizes.batch, 1, [&](int64_t begin, int64_t end) {
+    const Buffer<float> dz = make_buffer<float>(pixels * channels);
+    const Buffer<float> dz_means = make_buffer<float>(channels);
+    const Buffer<float> dz_h_means = make_buffer<float>(channels);
+    for (int64_t b = begin; b < end; b++) {
+      const GroupNormSample sample{
+          whole.x + b * pixels * channels,
+          whole.gradient + b * pixels * channels,
+          whole.added + b * channels,
+          whole.weight,
+          whole.bias,
+          whole.mean + b * 2 * channels,
+          whole.inverse_deviation + b * 2 * channels,
+          whole.d_x + b * pixels * channels,
+          whole.d_added + b * channels,
+          whole.d_weight + b * channels,
+          whole.d_bias + b * channels};
+      differentiate(sizes, sample, dz.get());
+      differentiate_groups(sizes, sample, dz_means.get(), dz_h_means.get());
+      differentiate_input(sizes, sample, dz.get(), dz_means.get(), dz_h_means.get());
+    }
+  });
+  return {
+      d_x,
+      added.has_value() ? d_added.to(added->scalar_type()) : at::Tensor(),
+      d_weight.sum(0).to(weight.scalar_type()),
+      d_bias.sum(0).to(bias.scalar_type())};
+}
+
+// ---- LayerNorm ----
+
+// Checks dtypes and shapes of x (..., C) and weight (C), and returns C.
+int64_t measure_layer_norm(const at::Tensor& x, const at::Tensor& weight) {
+  check_bf16(x, "x");
+  TORCH_CHECK(x.dim() > 0, "x must have at least one axis");
+  const int64_t channels = x.size(-1);
+  TORCH_CHECK(
+      channels > 0 && channels % kLanes == 0, "channels must be a multiple of ", kLanes, ", and are ", channels);
+  check_parameter(weight, channels, "weight");
+  return channels;
+}
+
+// Computes y = weight (x - mean) / deviation + bias over the last axis. x: (..., C) bf16, C a multiple of 16;
+// weight and bias: (C), any dtype. Returns y as x, and statistics (rows, 2) fp32: each row's mean and 1 / deviation.
+// Source: Ba et al. 2016, arXiv:1607.06450, equation 3; eps is added to the variance.
+std::tuple<at::Tensor, at::Tensor> layer_norm_forward(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps) {
+  const int64_t channels = measure_layer_norm(x, weight);
+  check_parameter(bias, channels, "bias");
+  const int64_t rows = x.numel() / channels;
+  const at::Tensor input = x.contiguous();
+  const at::Tensor weight_floats = as_floats(weight);
+  const at::Tensor bias_floats = as_floats(bias);
+  const at::Tensor y = at::empty_like(input);
+  const at::Tensor statistics = at::empty({rows, 2}, weight_floats.options());
+  const BFloat16* x_data = input.const_data_ptr<BFloat16>();
+  const float* weight_data = weight_floats.const_data_ptr<float>();
+  const float* bias_data = bias_floats.const_data_ptr<float>();
+  BFloat16* y_data = y.mutable_data_ptr<BFloat16>();
+  float* statistics_data = statistics.mutable_data_ptr<float>();
+  const float divisor = static_cast<float>(channels);
+  at::parallel_for(0, rows, kRowsPerSum, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const BFloat16* row = x_data + i * channels;
+      __m512 sum = _mm512_setzero_ps();
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        sum = _mm512_add_ps(sum, load_bf16(row + c));
+      }
+      const float mean = _mm512_reduce_add_ps(sum) / divisor;
+      __m512 square_sum = _mm512_setzero_ps();
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        const __m512 centred = _mm512_sub_ps(load_bf16(row + c), broadcast(mean));
+        square_sum = _mm512_fmadd_ps(centred, centred, square_sum);
+      }
+      const float variance = _mm512_reduce_add_ps(square_sum) / divisor;
+      const float inverse_deviation = 1.0f / std::sqrt(variance + static_cast<float>(eps));
+      statistics_data[2 * i] = mean;
+      statistics_data[2 * i + 1] = inverse_deviation;
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        const __m512 centred = _mm512_sub_ps(load_bf16(row + c), broadcast(mean));
+        const __m512 h = _mm512_mul_ps(centred, broadcast(inverse_deviation));
+        const __m512 z = _mm512_fmadd_ps(h, _mm512_loadu_ps(weight_data + c), _mm512_loadu_ps(bias_data + c));
+        store_bf16(y_data + i * channels + c, z);
+      }
+    }
+  });
+  return {y, statistics};
+}
+
+// Computes one row's dx (C), and adds its share to d_weight and d_bias (C).
+// Formula: dx = (weight dy - mean(weight dy) - h mean(weight dy h)) / deviation, the means over the row;
+// d_weight = sum of dy h, d_bias = sum of dy; h = (x - mean) / deviation.
+void differentiate_row(
+    int64_t channels,
+    const BFloat16* x,
+    const BFloat16* gradient,
+    const float* weight,
+    float mean,
+    float inverse_deviation,
+    BFloat16* d_x,
+    float* d_weight,
+    float* d_bias) {
+  const float divisor = static_cast<float>(channels);
+  const __m512 scale = broadcast(inverse_deviation);
+  const __m512 shift = broadcast(-mean * inverse_deviation);
+  __m512 sum = _mm512_setzero_ps();
+  __m512 sum_h = _mm512_setzero_ps();
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const __m512 h = _mm512_fmadd_ps(load_bf16(x + c), scale, shift);
+    const __m512 dy = load_bf16(gradient + c);
+    const __m512 weighted = _mm512_mul_ps(dy, _mm512_loadu_ps(weight + c));
+    sum = _mm512_add_ps(sum, weighted);
+    sum_h = _mm512_fmadd_ps(weighted, h, sum_h);
+    _mm512_storeu_ps(d_weight + c, _mm512_fmadd_ps(dy, h, _mm512_loadu_ps(d_weight + c)));
+    _mm512_storeu_ps(d_bias + c, _mm512_add_ps(dy, _mm512_loadu_ps(d_bias + c)));
+  }
+  const __m512 mean_dy = broadcast(_mm512_reduce_add_ps(sum) / divisor);
+  const __m512 mean_dy_h = broadcast(_mm512_reduce_add_ps(sum_h) / divisor);
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const __m512 h = _mm512_fmadd_ps(load_bf16(x + c), scale, shift);
+    const __m512 centred = _mm512_fmsub_ps(load_bf16(gradient + c), _mm512_loadu_ps(weight + c), mean_dy);
+    store_bf16(d_x + c, _mm512_mul_ps(scale, _mm512_fnmadd_ps(h, mean_dy_h, centred)));
+  }
+}
+
+// Computes the gradients of layer_norm_forward. gradient: as y, converted to bf16; statistics (rows, 2) as returned by
+// the forward pass. Returns dx as x, d_weight and d_bias (C) in weight's dtype. Formulas: differentiate_row.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_backward(
+    const at::Tensor& gradient, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& statistics) {
+  const int64_t channels = measure_layer_norm(x, weight);
+  const int64_t rows = x.numel() / channels;
+  check_gradient(gradient, x.sizes());
+  check_statistics(statistics, {rows, 2});
+  const int64_t chunks = (rows + kRowsPerSum - 1) / kRowsPerSum;
+  const at::Tensor input = x.contiguous();
+  const at::Tensor d_y = gradient.to(at::kBFloat16).contiguous();
+  const at::Tensor weight_floats = as_floats(weight);
+  const at::Tensor d_x = at::empty_like(input);
+  const at::Tensor d_parameters = at::zeros({chunks, 2, channels}, statistics.options());
+  const BFloat16* x_data = input.const_data_ptr<BFloat16>();
+  const BFloat16* gradient_data = d_y.const_data_ptr<BFloat16>();
+  const float* weight_data = weight_floats.const_data_ptr<float>();
+  const float* statistics_data = statistics.const_data_ptr<float>();
+  BFloat16* d_x_data = d_x.mutable_data_ptr<BFloat16>();
+  float* d_parameters_data = d_parameters.mutable_data_ptr<float>();
+  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; chunk++) {
+      float* d_weight = d_parameters_data + chunk * 2 * channels;
+      float* d_bias = d_weight + channels;
+      const int64_t last = std::min(rows, (chunk + 1) * kRowsPerSum);
+      for (int64_t i = chunk * kRowsPerSum; i < last; i++) {
+        differentiate_row(
+            channels,
+            x_data + i * channels,
+            gradient_data + i * channels,
+            weight_data,
+            statistics_data[2 * i],
+            statistics_data[2 * i + 1],
+            d_x_data + i * channels,
+            d_weight,
+            d_bias);
+      }
+    }
+  });
+  const at::Tensor sums = d_parameters.sum(0);
+  return {d_x, sums[0].to(weight.scalar_type()), sums[1].to(weight.scalar_type())};
+}
+
+// ---- GEGLU ----
+
+// Checks dtype and shape of hidden (..., 2 F), and returns F.
+int64_t measure_geglu(const at::Tensor& hidden) {
+  check_bf16(hidden, "hidden");
+  TORCH_CHECK(
+      hidden.dim() > 0 && hidden.size(-1) > 0 && hidden.size(-1) % (2 * kLanes) == 0,
+      "the last axis of hidden must be a multiple of ", 2 * kLanes, ": two halves, each of whole registers; hidden is ",
+      hidden.sizes());
+  return hidden.size(-1) / 2;
+}
+
+// Returns hidden's shape with its last axis halved.
+std::vector<int64_t> halved(const at::Tensor& hidden) {
+  std::vector<int64_t> sizes = hidden.sizes().vec();
+  sizes.back() /= 2;
+  return sizes;
+}
+
+// Computes y = a GELU(z), where hidden = (a, z) along the last axis and GELU(z) = z cdf(z), exact, not the tanh one.
+// hidden: (..., 2 F) bf16, F a multiple of 16. Returns y (..., F) bf16.
+// Source: Shazeer 2020, arXiv:2002.05202, section 2 (GEGLU); Hendrycks & Gimpel 2016, arXiv:1606.08415 (GELU).
+at::Tensor geglu_forward(const at::Tensor& hidden) {
+  const int64_t width = measure_geglu(hidden);
+  const int64_t rows = hidden.numel() / (2 * width);
+  const at::Tensor input = hidden.contiguous();
+  const at::Tensor y = at::empty(halved(hidden), input.options());
+  const BFloat16* hidden_data = input.const_data_ptr<BFloat16>();
+  BFloat16* y_data = y.mutable_data_ptr<BFloat16>();
+  at::parallel_for(0, rows, kGegluGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const BFloat16* a_row = hidden_data + i * 2 * width;
+      const BFloat16* z_row = a_row + width;
+      for (int64_t f = 0; f < width; f += kLanes) {
+        const __m512 a = load_bf16(a_row + f);
+        const __m512 z = load_bf16(z_row + f);
+        const __m512 gelu = _mm512_mul_ps(z, normal_distribution(z).cdf);
+        store_bf16(y_data + i * width + f, _mm512_mul_ps(a, gelu));
+      }
+    }
+  });
+  return y;
+}
+
+// Computes the gradient of geglu_forward: da = dy z cdf(z), dz = dy a (cdf(z) + z pdf(z)). gradient: (..., F),
+// converted to bf16; hidden: (..., 2 F) bf16. Returns (da, dz) along the last axis, as hidden.
+at::Tensor geglu_backward(const at::Tensor& gradient, const at::Tensor& hidden) {
+  const int64_t width = measure_geglu(hidden);
+  const int64_t rows = hidden.numel() / (2 * width);
+  check_gradient(gradient, halved(hidden));
+  const at::Tensor input = hidden.contiguous();
+  const at::Tensor d_y = gradient.to(at::kBFloat16).contiguous();
+  const at::Tensor d_hidden = at::empty_like(input);
+  const BFloat16* hidden_data = input.const_data_ptr<BFloat16>();
+  const BFloat16* gradient_data = d_y.const_data_ptr<BFloat16>();
+  BFloat16* d_hidden_data = d_hidden.mutable_data_ptr<BFloat16>();
+  at::parallel_for(0, rows, kGegluGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const BFloat16* a_row = hidden_data + i * 2 * width;
+      const BFloat16* z_row = a_row + width;
+      BFloat16* da_row = d_hidden_data + i * 2 * width;
+      BFloat16* dz_row = da_row + width;
+      for (int64_t f = 0; f < width; f += kLanes) {
+        const __m512 a = load_bf16(a_row + f);
+        const __m512 z = load_bf16(z_row + f);
+        const __m512 dy = load_bf16(gradient_data + i * width + f);
+        const Normal normal = normal_distribution(z);
+        const __m512 slope = _mm512_fmadd_ps(z, normal.pdf, normal.cdf);
+        store_bf16(da_row + f, _mm512_mul_ps(dy, _mm512_mul_ps(z, normal.cdf)));
+        store_bf16(dz_row + f, _mm512_mul_ps(_mm512_mul_ps(dy, a), slope));
+      }
+    }
+  });
+  return d_hidden;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(nano, library) {
+  library.def(
+      "group_norm_forward(Tensor x, Tensor? added, Tensor weight, Tensor bias, int groups, float eps, bool silu) "
+      "-> (Tensor, Tensor)");
+  library.def(
+      "group_norm_backward(Tensor gradient, Tensor x, Tensor? added, Tensor weight, Tensor bias, Tensor statistics, "
+      "int groups, bool silu) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def("layer_norm_forward(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)");
+  library.def(
+      "layer_norm_backward(Tensor gradient, Tensor x, Tensor weight, Tensor statistics) -> (Tensor, Tensor, Tensor)");
+  library.def("geglu_forward(Tensor hidden) -> Tensor");
+  library.def("geglu_backward(Tensor gradient, Tensor hidden) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(nano, CPU, library) {
+  library.impl("group_norm_forward", &group_norm_forward);
+  library.impl("group_norm_backward", &group_norm_backward);
+  library.impl("layer_norm_forward", &layer_norm_forward);
+  library.impl("layer_norm_backward", &layer_norm_backward);
+  library.impl("geglu_forward", &geglu_forward);
+  library.impl("geglu_backward", &geglu_backward);
+}
+
+}  // namespace nano

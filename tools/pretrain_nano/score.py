@@ -1,0 +1,103 @@
+"""Says how well a base draws what it was taught: the judges' score, and a contact sheet for a person.
+
+    python -m tools.pretrain_nano.score --data build/emoji --base build/nano/base --sheet sheet.png
+
+Concepts are those of the split `prompts`, which the base was trained on and the judges were not, in the base's own
+styles: one picture each, one seed, DPM++ 2M, 20 steps, CFG 4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from sdlora.families import Base, Parts, load_parts
+from sdlora.families.loading import NANO
+from sdlora.sampling.grid import grid
+from sdlora.training.device import choose_threads
+from sdlora.training.progress import Reporter
+from tools.pretrain_nano.captions import prompt
+from tools.pretrain_nano.concepts import Concept
+from tools.pretrain_nano.sources import BASE_STYLES, STYLES
+from tools.style_bench.draw import draw, to_floats, to_image
+from tools.style_bench.judges import Gallery, Judges
+from tools.style_bench.pictures import EmojiPictures
+
+_STYLE = {style.id: style for style in STYLES}
+SHEET = 64
+
+
+def choose(pictures: EmojiPictures, count: int) -> list[tuple[str, Concept]]:
+    """Returns (style, concept) pairs, the styles in turn, concepts shuffled once and for all."""
+    chance = random.Random("score")
+    decks = {style: pictures.of(style, ["prompts"]) for style in BASE_STYLES}
+    for deck in decks.values():
+        chance.shuffle(deck)
+    order = [
+        (style, deck[n]) for n in range(max(map(len, decks.values()))) for style, deck in decks.items() if n < len(deck)
+    ]
+    return order[:count]
+
+
+def score(
+    parts: Parts, pictures: EmojiPictures, judges: Judges, pairs: Sequence[tuple[str, Concept]]
+) -> tuple[dict, torch.Tensor]:
+    """Draws the pairs and has them judged.
+
+    Returns:
+        Shares in [0, 1]: `style` (called the style that was asked for), `top1` and `top5` (the concept is the
+        nearest, or among the five nearest, of all that the judges do not know), each over all pairs and by style;
+        and the pictures, uint8, (N, 128, 128, 3).
+    """
+    texts = [prompt(concept, _STYLE[style]) for style, concept in pairs]
+    drawn = draw(parts, texts, [[1]] * len(texts), 1, Reporter())[:, 0]
+    values = to_floats(drawn)
+    with torch.no_grad():
+        called = judges.style_logits(values).argmax(1)
+        embedded = judges.concept_embeddings(values)
+    hits: dict[str, list[tuple[bool, bool, bool]]] = defaultdict(list)
+    for style in dict.fromkeys(style for style, _ in pairs):
+        rows = [n for n, (s, _) in enumerate(pairs) if s == style]
+        ranks = Gallery(judges, pictures, without_style=style).ranks(embedded[rows], [pairs[n][1].base for n in rows])
+        right = called[rows] == judges.styles.index(style)
+        hits[style] = [(bool(a), bool(r < 1), bool(r < 5)) for a, r in zip(right, ranks, strict=True)]
+    everything = [row for rows in hits.values() for row in rows]
+    return {"all": _shares(everything), **{style: _shares(rows) for style, rows in hits.items()}}, drawn
+
+
+def _shares(rows: Sequence[tuple[bool, bool, bool]]) -> dict[str, float]:
+    columns = zip(("style", "top1", "top5"), zip(*rows, strict=True), strict=True)
+    return {"pictures": len(rows), **{name: round(sum(column) / len(rows), 3) for name, column in columns}}
+
+
+def main() -> None:
+    """Parses the arguments, draws, judges, and prints."""
+    parser = argparse.ArgumentParser(prog="python -m tools.pretrain_nano.score", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="data set, made by tools.pretrain_nano.build")
+    parser.add_argument("--base", type=Path, default=NANO, help="diffusers folder; default: the embedded base")
+    parser.add_argument("--pictures", type=int, default=256, help="how many are drawn")
+    parser.add_argument("--sheet", type=Path, help="PNG for a contact sheet of the first 64")
+    arguments = parser.parse_args()
+    parts = load_parts(Base(str(arguments.base), arguments.base, "given"))
+    choose_threads(parts, None)
+    pictures = EmojiPictures(arguments.data)
+    pairs = choose(pictures, arguments.pictures)
+    shares, drawn = score(parts, pictures, Judges.load(), pairs)
+    print(json.dumps(shares, indent=1))
+    if arguments.sheet:
+        shown = [to_image(picture) for picture in drawn[:SHEET]]
+        columns = len(BASE_STYLES)
+        rows = [shown[n : n + columns] for n in range(0, len(shown) - columns + 1, columns)]
+        grid(rows, row_labels=[""] * len(rows), column_labels=[style for style, _ in pairs[:columns]], cell=128).save(
+            arguments.sheet
+        )
+
+
+if __name__ == "__main__":
+    main()
