@@ -34,8 +34,8 @@ class Settings:
     """What decides the result. Two runs with the same settings and data agree."""
 
     samples: int
-    size: int = 24
-    learning_rate: float = 1e-3
+    size: int = 48
+    learning_rate: float = 1.5e-3
     text_learning_rate: float = 5e-4
     warm_up_steps: int = 500
     views: int = 1

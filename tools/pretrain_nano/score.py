@@ -26,7 +26,7 @@ from tools.pretrain_nano.captions import prompt
 from tools.pretrain_nano.concepts import Concept
 from tools.pretrain_nano.sources import BASE_STYLES, STYLES
 from tools.style_bench.draw import draw, to_floats, to_image
-from tools.style_bench.judges import Gallery, Judges
+from tools.style_bench.judges import Embedder, Gallery, Judges
 from tools.style_bench.pictures import EmojiPictures
 
 _STYLE = {style.id: style for style in STYLES}
@@ -61,10 +61,12 @@ def score(
     with torch.no_grad():
         called = judges.style_logits(values).argmax(1)
         embedded = judges.concept_embeddings(values)
+    embed = Embedder(judges, pictures)
     hits: dict[str, list[tuple[bool, bool, bool]]] = defaultdict(list)
     for style in dict.fromkeys(style for style, _ in pairs):
         rows = [n for n, (s, _) in enumerate(pairs) if s == style]
-        ranks = Gallery(judges, pictures, without_style=style).ranks(embedded[rows], [pairs[n][1].base for n in rows])
+        gallery = Gallery(judges, pictures, style, embed=embed)
+        ranks = gallery.ranks(embedded[rows], [pairs[n][1].base for n in rows])
         right = called[rows] == judges.styles.index(style)
         hits[style] = [(bool(a), bool(r < 1), bool(r < 5)) for a, r in zip(right, ranks, strict=True)]
     everything = [row for rows in hits.values() for row in rows]

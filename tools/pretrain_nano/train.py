@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and the log; made, or gone on with")
     parser.add_argument("--out", type=Path, help="folder for the finished base; default: WORK/base")
     parser.add_argument("--samples", type=float, default=3e6, help="pictures to see in all")
-    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--batch", type=int, default=48)
     parser.add_argument(
         "--views", type=int, default=1, help="how often a picture is encoded, at different sizes and places"
     )
@@ -107,7 +107,7 @@ def run(
     print(f"{course.step * settings.size:,} of {settings.samples:,} samples; {out}", flush=True)
 
 
-LOG_EVERY = 500
+LOG_EVERY = 250
 SAVE_EVERY = 240.0
 """Seconds between checkpoints."""
 

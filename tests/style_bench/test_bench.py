@@ -1,0 +1,188 @@
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdlora.config import DataSection
+from sdlora.data.cache import Cache
+from sdlora.data.dataset import prepare
+from sdlora.data.folder import scan
+from sdlora.errors import ConfigError
+from sdlora.families import Base
+from tools.pretrain_nano.sources import STYLES
+from tools.style_bench import __main__ as bench
+from tools.style_bench import draw, experiment, heldout, options, protocol
+from tools.style_bench.methods import OWN_STYLES
+from tools.style_bench.panel import Panel
+
+
+@pytest.fixture
+def emoji(tmp_path):
+    """A data set of 18 concepts in some styles, each picture a blot of its own."""
+    rows = []
+    for i in range(18):
+        split = "learn" if i < 9 else "prompts"
+        rows.append({"code": f"{i:04x}", "label": f"thing {i}", "tags": [], "group": "objects", "base": f"thing {i}"})
+        rows[-1]["split"] = split
+    folder = tmp_path / "emoji"
+    rng = np.random.default_rng(0)
+    for style in ("fluent-3d", *OWN_STYLES):
+        (folder / "pictures" / style).mkdir(parents=True)
+        for row in rows:
+            blot = Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize((128, 128), 0)
+            blot.save(folder / "pictures" / style / f"{row['code']}.png", compress_level=1)
+    (folder / "concepts.json").write_text(json.dumps(rows))
+    (folder / "manifest.json").write_text("{}")
+    return folder
+
+
+REFERENCES = ("--full-steps", "2", "--oracle-steps", "2", "--full-rates", "1e-3,1e-4", "--oracle-rates", "1e-3")
+METHOD_CHOICE = {"methods": ("lora",), "references": ("words", "full", "oracle"), "subsets": 1}
+
+
+class StubJudges:
+    styles = (*(style.id for style in STYLES if style.role != "twin"), "none")
+
+    def style_features(self, pictures):
+        return torch.nn.functional.adaptive_avg_pool2d(pictures, 3).flatten(1)
+
+    def style_logits(self, pictures):
+        return self.style_features(pictures)[:, : len(self.styles)]
+
+    concept_embeddings = style_features
+
+
+class StubGallery:
+    def __init__(self, style, embed):
+        assert embed("noto", ["0009"]).shape == (1, 27)
+
+    def ranks(self, embeddings, truth):
+        return torch.arange(len(truth)) % 2 * 7
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, emoji, tiny_base):
+    """Runs the bench with a tiny base, stub judges and two steps of everything."""
+    monkeypatch.setattr(bench, "QUICK_SIZE", (3, 2))
+    monkeypatch.setattr(draw, "STEPS", 2)
+    monkeypatch.setattr(heldout, "LEVELS", 2)
+    monkeypatch.setattr(protocol, "NUM_VALIDATION", 3)
+
+    def panel(made):
+        cache = Cache(made.work / "real")
+        return Panel(StubJudges(), StubGallery, made.pictures, "judges", cache)
+
+    monkeypatch.setattr(bench, "_panel", panel)
+
+    def go(*more):
+        places = ["--data", emoji, "--base", tiny_base, "--work", tmp_path / "work", "--out", tmp_path / "out"]
+        size = ["--quick", "--images", "5", *REFERENCES, "--set", "lora.rank=2"]
+        length = [] if "train.steps=3" in more else ["--set", "train.steps=2"]
+        return bench.main([*map(str, places), *size, *length, *more])
+
+    return SimpleNamespace(go=go, out=tmp_path / "out", work=tmp_path / "work")
+
+
+def test_the_bench_reports_every_method_and_does_nothing_twice(run, capsys, monkeypatch):
+    assert run.go("--references", "base,words,full,oracle") == 0
+    report = json.loads((run.out / "quick.json").read_text())
+    rows = report["styles"]["fluent-3d"]["methods"]
+    assert list(rows) == ["lora", "base", "words", "own", "full", "oracle", "real"]
+    for method in ("lora", "full", "oracle"):
+        assert {"style", "retention", "joint", "copy", "diversity", "leak", "loss", "seconds"} <= set(rows[method])
+    assert rows["base"]["loss"]["value"] == 1 and "leak" not in rows["base"]
+    assert rows["lora"]["top1"]["value"] == 0.5  # what the stub gallery says
+    assert (run.out / "quick-fluent-3d.png").is_file()
+    assert "| LoRA |" in (run.out / "quick.md").read_text()
+    assert not list(run.work.rglob("denoiser.safetensors")), "weights of the references are not kept"
+
+    monkeypatch.setattr("tools.style_bench.methods.train_lora", None)
+    monkeypatch.setattr("tools.style_bench.cells.load", None)
+    assert run.go("--references", "base,words,full,oracle") == 0
+    capsys.readouterr()
+
+
+def test_other_settings_are_other_cells_and_a_report_draws_nothing(run, capsys):
+    assert run.go("--references", "base") == 0
+    before = set(run.work.iterdir())
+    assert run.go("--references", "base", "--set", "train.steps=3", "--report") == 0
+    assert set(run.work.iterdir()) == before
+    rows = json.loads((run.out / "quick.json").read_text())["styles"]["fluent-3d"]["methods"]
+    assert "lora" not in rows and "base" in rows
+    assert run.go("--prompts", "final", "--report") == 2
+    assert "nothing is drawn yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("more", "message"), [("data.images=x", "images"), ("lora.rnk=2", "lora.rank")])
+def test_settings_that_the_bench_cannot_use_are_refused(run, capsys, more, message):
+    assert run.go("--set", more) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_names_on_the_command_line_are_checked(capsys):
+    with pytest.raises(SystemExit):
+        options.parse(["--data", ".", "--references", "bse"])
+    assert "bse is none of lora, base" in capsys.readouterr().err
+    assert options.parse(["--data", ".", "--quick"]).prompts == "tune"
+    assert options.parse(["--data", "."]).prompts == "final"
+
+
+def test_the_key_knows_code_and_not_its_words():
+    plain = experiment._meaning("def f(x):\n    return x + 1\n")
+    assert experiment._meaning('def f(x):\n    """Adds."""\n    return x + 1  # one\n') == plain
+    assert experiment._meaning("def f(x):\n    return x + 2\n") != plain
+    assert len(experiment.code_digest()) == 64
+
+
+def test_heldout_noise_is_antithetic_and_the_loss_repeats(tiny_parts, style_dir, tmp_path):
+    drawn = heldout._noised(torch.zeros(1, 4, 2, 2), heldout.timesteps(1000), "digest")
+    assert drawn.noise.sum(0).abs().max() < 1e-6
+    assert drawn.t.tolist() == [62, 187, 312, 437, 562, 687, 812, 937] * 2
+    dataset = prepare(tiny_parts, scan(style_dir), DataSection(), 0, Cache(tmp_path / "cache"))
+    captions = [example.caption for example in dataset.examples]
+    first = heldout.heldout_losses(tiny_parts, dataset, captions, 1)
+    assert first == heldout.heldout_losses(tiny_parts, dataset, captions, 1)
+    assert len(first) == len(dataset.examples) and all(0 < loss < 10 for loss in first)
+
+
+def test_what_decides_a_picture_is_in_its_key(emoji, tiny_base, monkeypatch):
+    monkeypatch.setattr(protocol, "NUM_VALIDATION", 3)
+
+    def made(*more):
+        parsed = options.parse(["--data", str(emoji), "--base", str(tiny_base), "--quick", "--images", "5", *more])
+        return bench._experiment(parsed)
+
+    def keys(*more):
+        one = made(*more)
+        return {cell.method.id: cell.key for cell in bench._cells(one, "fluent-3d", SimpleNamespace(**METHOD_CHOICE))}
+
+    plain, rank = keys(), keys("--set", "lora.rank=3")
+    assert plain["lora"] != rank["lora"]
+    assert plain["base"] == rank["base"] and plain["full"] == rank["full"]
+    assert keys("--set", "train.threads=1") == plain
+    trigger = keys("--set", "data.trigger=ohwx")
+    assert trigger["base"] != plain["base"] and trigger["words"] == plain["words"]
+    steps = keys("--full-steps", "3")
+    assert steps["full"] != plain["full"] and steps["oracle"] == plain["oracle"]
+    assert isinstance(made().base, Base)
+
+
+def test_judges_that_fail_are_not_believed_and_those_that_pass_are_asked_once(tmp_path, monkeypatch):
+    asked = []
+
+    def check(judges, pictures):
+        asked.append(judges)
+        return SimpleNamespace(passed=judges == "good")
+
+    monkeypatch.setitem(sys.modules, "tools.style_bench.gates", SimpleNamespace(check=check))
+    file = tmp_path / "gates.json"
+    with pytest.raises(ConfigError, match="failed their gates"):
+        bench._examine("bad", None, file)
+    assert not file.exists()
+    bench._examine("good", None, file)
+    bench._examine("good", None, file)
+    assert asked == ["bad", "good"]

@@ -1,0 +1,165 @@
+"""The judges of the bench: their interface, the gallery's fairness, and the formula behind the concept judge."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from tools.style_bench import jitter
+from tools.style_bench.discriminant import discriminant
+from tools.style_bench.gates import Row, table
+from tools.style_bench.imagenet import converted
+from tools.style_bench.judges import WEIGHTS, Gallery, Judges, save
+from tools.style_bench.networks import ConceptNet, Lite0, StyleNet
+from tools.style_bench.pictures import JUDGED_STYLES, EmojiPictures, lookalikes
+
+LIMITS = {"style.safetensors": 2.5e6, "concept.safetensors": 10e6}
+
+
+@pytest.fixture(scope="module")
+def judges():
+    torch.manual_seed(0)
+    return Judges(StyleNet(len(JUDGED_STYLES) + 1), ConceptNet())
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three concepts, two of them twins, as plain colours in three styles."""
+    rows = [("aa", "red fox", "fox"), ("ab", "brown fox", "fox"), ("ac", "castle", "castle")]
+    concepts = [
+        {"code": code, "label": label, "tags": [], "group": "objects", "base": base, "split": "prompts"}
+        for code, label, base in rows
+    ]
+    (tmp_path / "concepts.json").write_text(json.dumps(concepts), encoding="utf-8")
+    colours = {"noto": (10, 20, 30), "twemoji": (12, 20, 30), "openmoji": (200, 90, 60)}
+    for style, colour in colours.items():
+        (tmp_path / "pictures" / style).mkdir(parents=True)
+        for n, (code, _, _) in enumerate(rows):
+            shade = [value + 10 * n for value in colour]
+            Image.new("RGB", (128, 128), tuple(shade)).save(tmp_path / "pictures" / style / f"{code}.png")
+    return EmojiPictures(tmp_path)
+
+
+def test_what_the_judges_return(judges):
+    views = torch.rand(2, 3, 128, 128)
+    assert judges.styles == (*JUDGED_STYLES, "none")
+    assert judges.style_logits(views).shape == (2, 13)
+    assert torch.equal(judges.style_net.head(judges.style_features(views)), judges.style_logits(views))
+    assert torch.allclose(judges.concept_embeddings(views).norm(dim=1), torch.ones(2))
+    assert judges.style_logits(views[:0]).shape == (0, 13)
+    assert judges.concept_embeddings(views[:0]).shape == judges.concept_embeddings(views)[:0].shape
+
+
+def test_pictures_of_another_size_are_refused(judges):
+    with pytest.raises(ValueError, match="resize"):
+        judges.style_logits(torch.rand(1, 3, 64, 64))
+
+
+def test_weights_survive_the_file(judges, tmp_path):
+    save(judges.style_net, tmp_path / "style.safetensors", {"styles": ",".join(judges.styles)})
+    save(judges.concept_net, tmp_path / "concept.safetensors", {})
+    back = Judges.load(tmp_path)
+    views = torch.rand(1, 3, 128, 128)
+    assert back.styles == judges.styles
+    assert torch.allclose(back.style_logits(views), judges.style_logits(views), atol=0.05)
+    assert (back.concept_embeddings(views) * judges.concept_embeddings(views)).sum() > 0.999
+    (tmp_path / "concept.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="train_judges"):
+        Judges.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_shipped_weights_are_small(name):
+    assert (WEIGHTS / name).stat().st_size <= LIMITS[name]
+
+
+def test_shipped_judges_find_no_style_in_noise():
+    rng = torch.Generator().manual_seed(0)
+    views = torch.rand(2, 3, 128, 128, generator=rng)
+    shipped = Judges.load()
+    assert [shipped.styles[n] for n in shipped.style_logits(views).argmax(1)] == ["none", "none"]
+
+
+def test_pictures_are_read_as_drawn(pictures):
+    assert [concept.code for concept in pictures.of("noto", ["prompts"])] == ["aa", "ab", "ac"]
+    assert not pictures.has("fxemoji", "aa") and not pictures.of("noto", ["learn"])
+    assert (pictures.read("openmoji", "ab") == np.array([210, 100, 70])).all()
+    assert torch.allclose(pictures.tensor("openmoji", ["ab"])[0, :, 0, 0], torch.tensor([210, 100, 70]) / 255)
+    assert pictures.tensor("noto", []).shape == (0, 3, 128, 128)
+
+
+def test_lookalikes_are_pairs_of_styles(pictures):
+    assert lookalikes(pictures, ["prompts"]) == {(s, c) for s in ("noto", "twemoji") for c in ("aa", "ab", "ac")}
+    assert lookalikes(pictures, ["test"]) == set()
+
+
+def test_the_gallery_never_looks_at_the_judged_style(judges, pictures):
+    axes = {"aa": 0, "ab": 1, "ac": 2}
+    asked = []
+
+    def embed(style, codes):
+        asked.append(style)
+        return torch.stack([F.one_hot(torch.tensor(axes[code]), 4).float() for code in codes]) if codes else []
+
+    gallery = Gallery(judges, pictures, "openmoji", embed=embed)
+    assert "openmoji" not in asked and "noto" in asked and "fluent-modern" not in asked
+    assert gallery.bases == ("fox", "fox", "castle")
+    query = torch.tensor([[0.0, 1, 0, 0], [0.0, 0, 1, 0], [0.6, 0, 0.8, 0]])
+    assert gallery.ranks(query, ["fox", "fox", "fox"]).tolist() == [0, 1, 1]
+    with pytest.raises(ValueError, match="no prototype of dragon"):
+        gallery.ranks(query[:1], ["dragon"])
+    with pytest.raises(ValueError, match="no style"):
+        Gallery(judges, pictures, "fluent-modern")
+
+
+def test_discriminant_ignores_what_varies_within_a_group():
+    rng = torch.Generator().manual_seed(0)
+    groups = torch.arange(8).repeat_interleave(20)
+    centres = torch.randn(8, 2, generator=rng)
+    features = torch.cat((centres[groups], 50 * torch.randn(160, 2, generator=rng)), 1)
+    features[:, :2] += 0.01 * torch.randn(160, 2, generator=rng)
+    weight, bias = discriminant(features, groups, 2, 1e-9)
+    mapped = features @ weight.T + bias
+    means = torch.stack([mapped[groups == n].mean(0) for n in range(8)])
+    assert mapped.mean(0).abs().max() < 0.1
+    assert (torch.cdist(mapped, means).argmin(1) == groups).float().mean() > 0.95
+
+
+def test_imagenet_weights_fit_by_name_and_shape():
+    ours = Lite0(16).state_dict()
+    theirs = {"_fc.bias": torch.zeros(1), "_conv_head.weight": torch.zeros(1), "_bn1.bias": torch.zeros(1)}
+    for key, value in ours.items():
+        key = key.replace("stem.0", "_conv_stem").replace("stem.1", "_bn0").replace("blocks.", "_blocks.")
+        for part, name in (("widen", ("_expand_conv", "_bn0")), ("depthwise", ("_depthwise_conv", "_bn1"))):
+            key = key.replace(f"{part}.0", name[0]).replace(f"{part}.1", name[1])
+        theirs[key.replace("narrow.0", "_project_conv").replace("narrow.1", "_bn2")] = value
+    assert {key: value.shape for key, value in converted(theirs).items()} == {k: v.shape for k, v in ours.items()}
+
+
+def test_jitter_keeps_shape_and_range():
+    rng = torch.Generator().manual_seed(0)
+    views = torch.rand(4, 3, 32, 32, generator=rng)
+    moved = jitter.moved(views, rng, smallest=0.5, largest=0.6, turn=5, mirror=True)
+    assert (
+        (moved[:, :, [0, 0, -1, -1], [0, -1, 0, -1]] == 1).any(dim=(1, 2)).all()
+    )  # some corner shows the white outside
+    assert jitter.moved(views, rng, smallest=1, largest=1, turn=0, mirror=False, window=0.5).shape == (4, 3, 16, 16)
+    for changed in (
+        moved,
+        jitter.recoloured(views, rng, 0.3),
+        jitter.roughened(views, rng, blur=1, noise=0.1),
+        jitter.spoiled(views, rng),
+    ):
+        assert changed.shape == views.shape and changed.min() >= 0 and changed.max() <= 1
+    assert torch.allclose(jitter.recoloured(views, rng, 0), views, atol=1e-5)
+
+
+def test_gates_compare_means_over_styles():
+    good = Row("noto", 10, 9, {"style": 1.0, "top-1": 0.9, "top-5": 1.0}, ())
+    bad = Row("twemoji", 10, 9, {"style": 0.9, "top-1": 0.9, "top-5": 1.0}, (("noto", 1),))
+    assert table("drawn", [good])[1]
+    text, passed = table("drawn", [good, bad])
+    assert not passed and "FAIL" in text and "noto 1" in text

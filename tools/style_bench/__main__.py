@@ -1,0 +1,174 @@
+"""`python -m tools.style_bench`: teaches held-out styles, draws, judges, and writes a report. See BENCH.md."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from sdlora.config import Config
+from sdlora.config_io import load_config
+from sdlora.data.cache import Cache
+from sdlora.errors import ConfigError, SdloraError
+from sdlora.families import resolve_base
+from sdlora.training.progress import PlainReporter
+from tools.style_bench.cells import Cell
+from tools.style_bench.experiment import Experiment, folder_digest, write_json
+from tools.style_bench.measure import Scores, score_cell, score_real
+from tools.style_bench.methods import METHODS
+from tools.style_bench.options import parse
+from tools.style_bench.panel import Panel
+from tools.style_bench.pictures import EmojiPictures
+from tools.style_bench.references import FULL, ORACLE, Tuning
+from tools.style_bench.report import REAL, write_report, write_sheet
+
+if TYPE_CHECKING:
+    from tools.style_bench.judges import Judges
+
+TRIGGER = "sks"
+"""Put before every caption unless the settings say otherwise, so that the leak without it can be measured."""
+QUICK_STEPS = 250
+"""Training steps of `--quick`, unless the settings say otherwise."""
+QUICK_SIZE, FULL_SIZE = (24, 2), (100, 4)
+"""Prompts, and pictures of each: with `--quick`, and without."""
+NEEDED = ("base", "own")
+"""Always drawn: other numbers are measured against them."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the bench; returns the exit code: 0, 2 for what the person can fix, 130 if stopped."""
+    options = parse(arguments)
+    try:
+        return _run(options)
+    except (SdloraError, ValueError, FileNotFoundError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on with what is not finished.", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    experiment = _experiment(options)
+    panel = _panel(experiment)
+    threads = torch.get_num_threads()
+    scores: dict[str, dict[str, list[Scores]]] = {}
+    for style in options.style:
+        of_style = scores.setdefault(style, {})
+        first: dict[str, Cell] = {}
+        for cell in _cells(experiment, style, options):
+            if not options.report:
+                print(f"== {style}, subset {cell.task.subset}: {cell.method.title}", flush=True)
+                cell.run(PlainReporter(30.0))
+            torch.set_num_threads(threads)  # a base that is trained or drawn with may have chosen fewer
+            if cell.is_drawn:
+                of_style.setdefault(cell.method.id, []).append(score_cell(panel, cell))
+                first.setdefault(cell.method.id, cell)
+        if not first:
+            del scores[style]
+            continue
+        of_style[REAL] = [score_real(panel, next(iter(first.values())).task)]
+        write_sheet(options.out, options.name, first)
+        target = write_report(options.out, options.name, experiment, scores, panel.digest)
+    if not scores:
+        raise ConfigError(f"nothing is drawn yet with these settings in {options.work}; leave out --report")
+    print(f"\n{target.read_text(encoding='utf-8').split('## What')[0]}\n{target}")
+    return 0
+
+
+def _cells(experiment: Experiment, style: str, options: argparse.Namespace) -> Iterator[Cell]:
+    wanted = {*options.methods, *options.references, *NEEDED}
+    for subset in range(options.subsets):
+        task = experiment.task(style, subset)
+        for method in METHODS.values():
+            if method.id in wanted and (method.per_subset or subset == 0):
+                yield Cell(experiment, task, method)
+
+
+def _panel(experiment: Experiment) -> Panel:
+    """Loads the judges, and makes sure that they deserve to be believed.
+
+    Raises:
+        ConfigError: if they fail their own examination.
+    """
+    from tools.style_bench.judges import WEIGHTS, Gallery, Judges
+
+    judges, pictures = Judges.load(), experiment.pictures
+    digest = Cache.key(folder_digest(WEIGHTS), experiment.data_digest)
+    _examine(judges, pictures, experiment.work / f"gates-{digest[:12]}.json")
+    return Panel(
+        judges,
+        lambda style, embed: Gallery(judges, pictures, style, embed=embed),
+        pictures,
+        digest,
+        Cache(experiment.work / "real"),
+    )
+
+
+def _examine(judges: Judges, pictures: EmojiPictures, passed: Path) -> None:
+    """Lets the judges through their gates, once for each version of them: it takes minutes.
+
+    Args:
+        judges: the judges.
+        pictures: the data set.
+        passed: written when they have passed; if it is there, nothing is done.
+
+    Raises:
+        ConfigError: if they fail.
+    """
+    from tools.style_bench.gates import check
+
+    if passed.is_file():
+        return
+    gates = check(judges, pictures)
+    if not gates.passed:
+        raise ConfigError(f"the judges failed their gates, so nothing that they say counts: {gates}")
+    write_json(passed, {"passed": True})
+
+
+def _experiment(options: argparse.Namespace) -> Experiment:
+    config = _config(options)
+    prompts, seeds = QUICK_SIZE if options.quick else FULL_SIZE
+    return Experiment(
+        pictures=EmojiPictures(options.data),
+        base=resolve_base(config.base.model),
+        config=config,
+        images=options.images,
+        half=options.prompts,
+        num_prompts=prompts,
+        num_seeds=seeds,
+        full=Tuning(options.full_steps, options.full_rates, FULL.batch_size),
+        oracle=Tuning(options.oracle_steps, options.oracle_rates, ORACLE.batch_size),
+        work=options.work,
+    )
+
+
+def _config(options: argparse.Namespace) -> Config:
+    """Builds the LoRA's settings: sdlora's defaults, then file and `--set`, then what the bench needs.
+
+    Raises:
+        ConfigError: if the settings are wrong, or say where pictures come from or files go to.
+    """
+    config = load_config(options.config, {"base.model": options.base} if options.base else None, tuple(options.set))
+    placed = sorted({"images"} & config.data.model_fields_set | {"output", "name"} & config.output.model_fields_set)
+    if placed:
+        raise ConfigError(f"the bench decides about {', '.join(placed)}; leave it out of --config and --set")
+    if config.base.model == "auto":
+        config = _with(config, "base", model="nano")
+    if "trigger" not in config.data.model_fields_set:
+        config = _with(config, "data", trigger=TRIGGER)
+    if options.quick and config.train.steps is None and config.train.epochs is None:
+        config = _with(config, "train", steps=QUICK_STEPS)
+    return config
+
+
+def _with(config: Config, section: str, **values: object) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

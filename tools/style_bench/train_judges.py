@@ -1,0 +1,167 @@
+"""Makes both judges from nothing but the data set and EfficientNet-Lite0's ImageNet weights.
+
+    python -m tools.style_bench.train_judges --data build/emoji
+
+Everything is learned from the split "learn". The concept judge is a closed formula on frozen features; the style judge
+is trained by gradient descent. Times on one core are in README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tools.style_bench import jitter
+from tools.style_bench.discriminant import fit_concept_net
+from tools.style_bench.imagenet import imagenet_weights
+from tools.style_bench.judges import NONE, WEIGHTS, save
+from tools.style_bench.networks import Lite0, StyleNet
+from tools.style_bench.pictures import JUDGED_STYLES, EmojiPictures, Reconstructions, as_floats, lookalikes
+
+BATCH = 64
+SPOILED = 4
+"""Pictures of a batch that are made to be in no style."""
+STEPS = 1400
+CLOSE_UP = 0.85
+"""Share of the steps that look at half-sized windows, which cost a quarter; the others look at whole pictures."""
+RATE = 2e-3
+REPORT = 100
+"""Steps between two lines on the terminal."""
+EVERY = 4
+"""One in so many pictures of "learn" takes the VAE's round trip."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The pictures of one style that a judge may learn from.
+
+    Attributes:
+        codes: which concepts.
+        drawn: their pictures, (N, 3, 128, 128), uint8.
+        some: indices of those that took the round trip.
+        decoded: the pictures after it, (M, 3, 128, 128), uint8.
+    """
+
+    codes: list[str]
+    drawn: Tensor
+    some: list[int]
+    decoded: Tensor
+
+
+def pools(pictures: EmojiPictures, reconstructions: Reconstructions, without: set[tuple[str, str]]) -> dict[str, Pool]:
+    """Reads the split "learn"; each style sends other concepts through the VAE.
+
+    Args:
+        pictures: the data set.
+        reconstructions: where round trips come from.
+        without: (style, code) to leave out.
+    """
+    found = {}
+    for n, style in enumerate(JUDGED_STYLES):
+        every = [concept.code for concept in pictures.of(style, ["learn"])]
+        codes = [code for code in every if (style, code) not in without]
+        travelled = frozenset(every[n % EVERY :: EVERY])
+        some = [i for i, code in enumerate(codes) if code in travelled]
+        decoded = reconstructions.bytes(style, [codes[i] for i in some])
+        found[style] = Pool(codes, pictures.bytes(style, codes), some, decoded)
+    return found
+
+
+def train_style_net(pool: dict[str, Pool], start: dict[str, Tensor], steps: int) -> StyleNet:
+    """Returns a trained style judge.
+
+    Half of what it sees has taken the round trip. Size, place, sharpness and, slightly, colour vary, so that none of
+    them alone gives a style away.
+
+    Args:
+        pool: the pictures by style.
+        start: weights of `networks.Lite0`.
+        steps: batches to learn from.
+    """
+    rng = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    net = StyleNet(len(JUDGED_STYLES) + 1)
+    load_body(net.body, start)
+    net = net.train().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.15)
+    began, right, losses = time.monotonic(), 0.0, 0.0
+    for step in range(1, steps + 1):
+        views, styles = _batch(pool, rng, window=0.5 if step <= CLOSE_UP * steps else 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = net(views.contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(logits.float(), styles, label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        right += (logits.argmax(1) == styles).float().mean().item() / REPORT
+        losses += loss.item() / REPORT
+        if step % REPORT == 0:
+            spent = time.monotonic() - began
+            print(f"step {step} of {steps}: loss {losses:.3f}, right {right:.1%}, {spent:.0f} s", flush=True)
+            right = losses = 0.0
+    return net.eval()
+
+
+def _batch(pool: dict[str, Pool], rng: torch.Generator, window: float) -> tuple[Tensor, Tensor]:
+    """Draws styles evenly and a picture of each; returns views and indices of styles, those of spoiled views last."""
+    styles = torch.randint(len(JUDGED_STYLES), (BATCH,), generator=rng)
+    chosen = []
+    for n, style in enumerate(styles.tolist()):
+        source = pool[JUDGED_STYLES[style]]
+        source = source.decoded if n % 2 else source.drawn
+        chosen.append(source[int(torch.randint(len(source), (), generator=rng))])
+    views = as_floats(torch.stack(chosen))
+    views = jitter.moved(views, rng, smallest=0.85, largest=1.15, turn=2, mirror=True, window=window)
+    views = jitter.roughened(jitter.recoloured(views, rng, 0.025), rng, blur=0.6, noise=0.015)
+    views[-SPOILED:] = jitter.spoiled(views[-SPOILED:], rng)
+    styles[-SPOILED:] = len(JUDGED_STYLES)
+    return views, styles
+
+
+def load_body(body: Lite0, start: dict[str, Tensor]) -> None:
+    """Copies the weights of as many blocks as the body has."""
+    wanted = body.state_dict()
+    body.load_state_dict({key: value for key, value in start.items() if key in wanted})
+
+
+def main() -> None:
+    """Trains and writes the weights."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.style_bench.train_judges", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data set")
+    parser.add_argument("--cache", type=Path, help="folder for round trips and the download; default: DATA/judges")
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder of the weights")
+    parser.add_argument("--only", choices=("style", "concept"), help="train one judge")
+    parser.add_argument("--steps", type=int, default=STEPS, help="batches that the style judge learns from")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    pictures = EmojiPictures(arguments.data)
+    cache = arguments.cache or pictures.folder / "judges"
+    cache.expanduser().mkdir(parents=True, exist_ok=True)
+    start = imagenet_weights(cache)
+    alike = lookalikes(pictures, ["learn"])
+    print(f"{len(alike)} pictures look the same in two styles; the judges do not learn from them", flush=True)
+    pool = pools(pictures, Reconstructions(pictures, cache), alike)
+    if arguments.only != "style":
+        began = time.process_time()
+        net = fit_concept_net(pool, start)
+        save(net, arguments.out / "concept.safetensors", {})
+        print(f"concept judge: {time.process_time() - began:.0f} s of one core", flush=True)
+    if arguments.only != "concept":
+        began = time.process_time()
+        net = train_style_net(pool, start, arguments.steps)
+        save(net, arguments.out / "style.safetensors", {"styles": ",".join((*JUDGED_STYLES, NONE))})
+        print(f"style judge: {time.process_time() - began:.0f} s of one core", flush=True)
+
+
+if __name__ == "__main__":
+    main()
