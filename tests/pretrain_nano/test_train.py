@@ -119,6 +119,17 @@ def test_another_batch_size_goes_on_at_as_many_samples(data, tokenizer, tmp_path
     assert second.step == 4
 
 
+def test_another_machine_begins_with_the_average(tmp_path):
+    first = Course(Settings(samples=24, size=2), tmp_path, torch.device("cpu"))
+    first.step, first.average["denoiser.conv_in.bias"] = 6, torch.full((48,), 0.25)
+    first.write_start(tmp_path / "start.safetensors")
+    second = Course(Settings(samples=24, size=3), tmp_path, torch.device("cpu"))
+    second.begin_with(tmp_path / "start.safetensors")
+    assert second.step == 4
+    weights = dict(second.base.named_parameters())
+    assert all(torch.equal(weights[name], value.half().float()) for name, value in first.average.items())
+
+
 def test_another_seed_is_refused(tmp_path):
     Course(Settings(samples=12, size=2), tmp_path, torch.device("cpu")).save(STATE)
     with pytest.raises(SystemExit, match="another --work"):

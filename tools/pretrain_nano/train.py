@@ -57,27 +57,29 @@ def main() -> None:
         "--views", type=int, default=1, help="how often a picture is encoded, at different sizes and places"
     )
     parser.add_argument("--workers", type=int, default=1, help="CPU processes that share a batch; one per core")
+    parser.add_argument("--start", type=Path, help="a start.safetensors of another machine, if WORK is still empty")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this time; call again to go on")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = Settings(samples=int(arguments.samples), size=arguments.batch, views=arguments.views)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    out = arguments.out or arguments.work / "base"
-    run(settings, arguments.data, arguments.work, out, device, arguments.minutes, arguments.workers)
+    run(arguments, settings, device)
 
 
-def run(
-    settings: Settings, data: Path, work: Path, out: Path, device: torch.device, minutes: float, workers: int
-) -> None:
+def run(arguments: argparse.Namespace, settings: Settings, device: torch.device) -> None:
     """Trains until the samples or the minutes are over, and writes the moving average as a base."""
+    data, work, workers = arguments.data, arguments.work, arguments.workers
+    out = arguments.out or work / "base"
     vae = model.load_autoencoder().to(device)
     latents = load_latents(data, vae, work / "latents.safetensors", views=settings.views)
     held_out = load_latents(data, vae, work / "validation.safetensors", splits=("validation",))
     tokenizer = train_tokenizer(sentences(data), work / "tokenizer")
     course = Course(settings, work, device)
     take_up(course)
-    if course.step == 0:
+    if course.step == 0 and arguments.start:
+        course.begin_with(arguments.start)
+    elif course.step == 0:
         warm_up(course.base.text, tokenizer, latents, settings.seed)
         course.average = {name: value.detach().clone() for name, value in course.base.named_parameters()}
     (work / "samples.txt").write_text(str(settings.samples))
@@ -88,7 +90,7 @@ def run(
     leave = Signal()
     started, before, losses = time.monotonic(), course.seconds, []
     saved = started
-    while course.step < settings.steps and not leave.asked and time.monotonic() - started < 60 * minutes:
+    while course.step < settings.steps and not leave.asked and time.monotonic() - started < 60 * arguments.minutes:
         losses.append(course.advance(latents, tokenizer))
         course.seconds = before + time.monotonic() - started
         if course.step == settings.turn:
@@ -100,6 +102,7 @@ def run(
             course.save(STATE)
             saved = time.monotonic()
     course.save(STATE)
+    course.write_start(work / "start.safetensors")
     if course.crew:
         course.crew.dismiss()
     average = course.averaged()
