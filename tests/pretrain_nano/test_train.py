@@ -21,7 +21,7 @@ from tools.pretrain_nano.crew import Crew
 from tools.pretrain_nano.latents import Latents, load_latents
 from tools.pretrain_nano.sources import STYLES
 from tools.pretrain_nano.tokenizer import TRIGGERS, train_tokenizer
-from tools.pretrain_nano.train import STATE, take_up
+from tools.pretrain_nano.train import STATE, TURN, take_up
 
 NOTO = STYLES[0]
 
@@ -91,7 +91,6 @@ def test_a_course_that_was_left_equals_one_that_was_not(data, tokenizer, tmp_pat
     for _ in range(3):
         first.advance(data, tokenizer)
     first.save(STATE)
-    (tmp_path / "samples.txt").write_text("12")
     second = Course(settings, tmp_path, cpu)
     take_up(second)
     assert second.step == 3
@@ -128,6 +127,23 @@ def test_another_machine_begins_with_the_average(tmp_path):
     assert second.step == 4
     weights = dict(second.base.named_parameters())
     assert all(torch.equal(weights[name], value.half().float()) for name, value in first.average.items())
+
+
+def test_more_samples_go_on_from_the_turn_and_not_from_the_end(tmp_path):
+    cpu = torch.device("cpu")
+    short = Course(Settings(samples=20, size=2), tmp_path, cpu)
+    for step, name in ((short.settings.turn, TURN), (10, STATE)):
+        short.step = step
+        short.save(name)
+    long, again = (
+        Course(Settings(samples=200, size=2), tmp_path, cpu),
+        Course(Settings(samples=20, size=2), tmp_path, cpu),
+    )
+    take_up(long)
+    take_up(again)
+    assert (long.step, again.step) == (8, 10)
+    with pytest.raises(SystemExit, match="more --samples"):
+        take_up(Course(Settings(samples=16, size=2), tmp_path, cpu))
 
 
 def test_another_seed_is_refused(tmp_path):

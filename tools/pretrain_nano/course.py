@@ -186,12 +186,12 @@ class Course:
             for k, p in self._optimized():
                 for kind, value in optimizer.state.get(p, {}).items():
                     tensors[f"{kind}.{k}"] = value
-        where = {"step": self.step, "seconds": self.seconds, "size": self.settings.size, "seed": self.settings.seed}
+        where = {**self._where(), "samples": self.settings.samples, "seed": self.settings.seed}
         with replacing(self.work / name) as temporary:
             save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, {"where": json.dumps(where)})
 
-    def load(self, name: str) -> None:
-        """Takes up a saved state. With another batch size the step is the one at which as many samples were seen.
+    def load(self, name: str) -> int:
+        """Takes up a saved state; returns the number of samples that it was trained for.
 
         Raises:
             SystemExit: it was trained with another seed, whose order of pictures is another one.
@@ -200,8 +200,7 @@ class Course:
             where = json.loads(file.metadata()["where"])
             if where["seed"] != self.settings.seed:
                 raise SystemExit(f"{self.work / name} was trained with seed {where['seed']}; use another --work")
-            self.step = where["step"] * where["size"] // self.settings.size
-            self.seconds = where["seconds"]
+            self._stand(where)
             kept = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         with torch.no_grad():
             for name, p in self.base.named_parameters():
@@ -212,6 +211,15 @@ class Course:
             optimizer, kinds = (muon, MUON) if name in self.matrices else (adamw, ADAMW)
             if f"{kinds[0]}.{name}" in kept:
                 optimizer.state[p] = {kind: kept[f"{kind}.{name}"] for kind in kinds}
+        return where["samples"]
+
+    def _where(self) -> dict[str, float]:
+        return {"step": self.step, "seconds": self.seconds, "size": self.settings.size}
+
+    def _stand(self, where: dict[str, float]) -> None:
+        """Goes to a step; with another batch size to the one at which as many samples were seen."""
+        self.step = int(where["step"] * where["size"] // self.settings.size)
+        self.seconds = where["seconds"]
 
     def _optimized(self) -> list[tuple[str, Tensor]]:
         """Lists what the optimizers hold: a matrix in place of each weight that Muon trains."""
@@ -219,20 +227,17 @@ class Course:
 
     def write_start(self, file: Path) -> None:
         """Writes the moving average alone, in fp16: an eighth of a checkpoint, to go on from on another machine."""
-        where = {"step": self.step, "seconds": self.seconds, "size": self.settings.size}
         with replacing(file) as temporary:
             averages = {name: value.half().cpu().contiguous() for name, value in self.average.items()}
-            save_file(averages, temporary, {"where": json.dumps(where)})
+            save_file(averages, temporary, {"where": json.dumps(self._where())})
 
     def begin_with(self, file: Path) -> None:
         """Begins where `write_start` was called; the optimizers begin to remember anew."""
         with safe_open(file, "pt", device=str(self.device)) as start, torch.no_grad():
-            where = json.loads(start.metadata()["where"])
+            self._stand(json.loads(start.metadata()["where"]))
             for name, p in self.base.named_parameters():
                 p.copy_(start.get_tensor(name))
                 self.average[name].copy_(p)
-        self.step = where["step"] * where["size"] // self.settings.size
-        self.seconds = where["seconds"]
 
     def averaged(self) -> Base:
         """Returns the moving average as networks of their own, for drawing and shipping."""

@@ -6,9 +6,9 @@ Operations on so narrow a network are too small to be split among threads; whole
 from __future__ import annotations
 
 import os
+import threading
 from itertools import pairwise
 from pathlib import Path
-from threading import BrokenBarrierError
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,7 +49,7 @@ class Crew:
         self.others = [
             context.Process(
                 target=_work,
-                args=(base, self.desk, share, result, self.start, self.done, folder, os.getpid()),
+                args=(base, self.desk, share, result, self.start, self.done, folder),
                 daemon=True,
             )
             for share, result in zip(self.shares[1:], self.results, strict=True)
@@ -73,7 +73,7 @@ class Crew:
     def _meet(self, barrier) -> None:
         try:
             barrier.wait(PATIENCE)
-        except BrokenBarrierError:
+        except threading.BrokenBarrierError:
             ended = [process.pid for process in self.others if not process.is_alive()]
             raise SystemExit(f"a process of the crew is gone or stuck (ended: {ended}); start again to go on") from None
 
@@ -108,12 +108,13 @@ class Desk:
         return Batch(self.latents, [""] * len(self.ids), self.noise, self.timesteps)
 
 
-def _work(base: Base, desk: Desk, share: slice, result: list[Tensor], start, done, folder: Path, parent: int) -> None:
+def _work(base: Base, desk: Desk, share: slice, result: list[Tensor], start, done, folder: Path) -> None:
+    threading.Thread(target=_leave_with_the_parent, daemon=True).start()
     torch.set_num_threads(1)
     base.compute_in_bf16(folder)
     while True:
         start.wait()
-        if desk.over.item() or os.getppid() != parent:
+        if desk.over.item():
             return
         base.text.requires_grad_(bool(desk.trains_text))
         desk.losses[share.start] = base.gradients(desk.batch(), desk.ids, share)
@@ -121,3 +122,10 @@ def _work(base: Base, desk: Desk, share: slice, result: list[Tensor], start, don
             if p.grad is not None:
                 gradient.copy_(p.grad)
         done.wait()
+
+
+def _leave_with_the_parent() -> None:
+    parent = mp.parent_process()
+    assert parent is not None
+    parent.join()  # a killed parent cannot tell those who wait for it
+    os._exit(1)

@@ -15,6 +15,7 @@ import json
 import math
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,15 +34,21 @@ STATE, TURN = "state.safetensors", "turn.safetensors"
 
 
 def take_up(course: Course) -> None:
-    """Goes on from the newest state that the settings allow: past the turn only if the turn was at the same step."""
+    """Goes on from the newest state that the settings allow.
+
+    A state behind its own turn is of use only to a course of the same length: its learning rate has fallen already.
+
+    Raises:
+        SystemExit: every state lies behind the turn of this course.
+    """
+    settings = course.settings
     for name in (STATE, TURN):
         if (course.work / name).is_file():
-            course.load(name)
-            settings_file = course.work / "samples.txt"
-            same = settings_file.is_file() and settings_file.read_text() == str(course.settings.samples)
-            if same or course.step <= course.settings.turn:
+            samples = course.load(name)
+            fallen = name == STATE and course.step > replace(settings, samples=samples).turn
+            if samples == settings.samples or (not fallen and course.step <= settings.turn):
                 return
-    if course.step > course.settings.turn:
+    if course.step:
         raise SystemExit(f"{course.work} is past the turn of this course already; ask for more --samples")
 
 
@@ -82,7 +89,6 @@ def run(arguments: argparse.Namespace, settings: Settings, device: torch.device)
     elif course.step == 0:
         warm_up(course.base.text, tokenizer, latents, settings.seed)
         course.average = {name: value.detach().clone() for name, value in course.base.named_parameters()}
-    (work / "samples.txt").write_text(str(settings.samples))
     if device.type == "cpu":
         course.base.compute_in_bf16(work)
         if workers > 1:
