@@ -11,9 +11,7 @@ from torch import Tensor
 from sdlora.diffusion.noise import generator
 from tools.pretrain_nano.captions import caption
 from tools.pretrain_nano.latents import Latents
-from tools.pretrain_nano.sources import STYLES
-
-_STYLE = {style.id: style for style in STYLES}
+from tools.pretrain_nano.sources import STYLE_OF
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,8 @@ def batch(data: Latents, step: int, size: int, seed: int, num_timesteps: int = 1
         chances.append(random.Random(f"{seed} {position}"))
     views = [chance.randrange(data.values.shape[1]) for chance in chances]
     captions = [
-        caption(data.concepts[row], _STYLE[data.styles[row]], chance) for row, chance in zip(rows, chances, strict=True)
+        caption(data.concepts[row], STYLE_OF[data.styles[row]], chance)
+        for row, chance in zip(rows, chances, strict=True)
     ]
     rng = generator(seed, "batch", step)
     latents = data.values[rows, views].float()

@@ -65,6 +65,12 @@ def read_concepts(words: Path) -> list[Concept]:
     return concepts
 
 
+def load_concepts(data: Path) -> list[Concept]:
+    """Reads the concepts of a built data set, in Unicode's order."""
+    rows = json.loads((data / "concepts.json").read_text(encoding="utf-8"))
+    return [Concept(**{**row, "tags": tuple(row["tags"])}) for row in rows]
+
+
 def clean(text: str) -> str:
     """Lower case, plain quotes, single spaces: what a person types."""
     text = text.lower().replace("’", "'").translate({ord(c): None for c in '“”"!'})

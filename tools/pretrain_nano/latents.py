@@ -18,7 +18,7 @@ from torch import Tensor
 from sdlora.atomic import replacing
 from sdlora.diffusion.noise import generator
 from sdlora.families.folders import quiet
-from tools.pretrain_nano.concepts import Concept
+from tools.pretrain_nano.concepts import Concept, load_concepts
 from tools.pretrain_nano.drawings import SIDE
 from tools.pretrain_nano.sources import BASE_STYLES
 
@@ -46,15 +46,9 @@ class Latents:
         return len(self.concepts)
 
 
-def read_concepts(data: Path) -> list[Concept]:
-    """Reads the concepts of a built data set."""
-    rows = json.loads((data / "concepts.json").read_text(encoding="utf-8"))
-    return [Concept(**{**row, "tags": tuple(row["tags"])}) for row in rows]
-
-
 def base_pictures(data: Path, splits: tuple[str, ...] = BASE_SPLITS) -> list[tuple[str, Concept]]:
     """Lists (style, concept) of every picture of the base's styles in some splits."""
-    concepts = [concept for concept in read_concepts(data) if concept.split in splits]
+    concepts = [concept for concept in load_concepts(data) if concept.split in splits]
     folders = {style: data / "pictures" / style for style in BASE_STYLES}
     return [
         (style, concept)
@@ -75,8 +69,7 @@ def load_latents(
         cache: safetensors file to read or write.
         splits: which concepts.
         views: latents per picture; the first is the picture as it is, the others are smaller and at another place,
-        so that
-            size and place are no constants of the base.
+            so that size and place are no constants of the base.
     """
     pictures = base_pictures(data, splits)
     manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))

@@ -12,10 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from sdlora.families.loading import NANO
 from tools.pretrain_nano.tokenizer import VOCABULARY
 
-NANO = Path(__file__).parents[2] / "sdlora" / "nano"
-"""The embedded base as it ships; its autoencoder, TAESD, is not ours and is never trained."""
 WIDTH = 128
 """Width of the text states."""
 CHANNELS = (48, 80, 112, 112)

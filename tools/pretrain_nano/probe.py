@@ -12,7 +12,7 @@ from sdlora.diffusion.schedule import Schedule
 from tools.pretrain_nano.captions import prompt
 from tools.pretrain_nano.latents import Latents
 from tools.pretrain_nano.model import token_ids
-from tools.pretrain_nano.sources import STYLES
+from tools.pretrain_nano.sources import STYLE_OF
 
 PICTURES = 192
 LEVELS = (500, 700, 900)
@@ -31,9 +31,8 @@ def probe(
         words, in [0, 1] (0: words are ignored).
     """
     device = next(denoiser.parameters()).device
-    words = {style.id: style for style in STYLES}
     rows = [n * len(data) // PICTURES for n in range(PICTURES)]
-    captions = [prompt(data.concepts[row], words[data.styles[row]]) for row in rows]
+    captions = [prompt(data.concepts[row], STYLE_OF[data.styles[row]]) for row in rows]
     clean = data.values[rows, 0].float().to(device)
     noise = torch.randn(clean.shape, generator=generator("probe")).to(device)
     states = text_encoder(token_ids(tokenizer, captions).to(device)).last_hidden_state

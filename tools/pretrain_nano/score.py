@@ -24,12 +24,12 @@ from sdlora.training.device import choose_threads
 from sdlora.training.progress import Reporter
 from tools.pretrain_nano.captions import prompt
 from tools.pretrain_nano.concepts import Concept
-from tools.pretrain_nano.sources import BASE_STYLES, STYLES
+from tools.pretrain_nano.sources import BASE_STYLES, STYLE_OF
 from tools.style_bench.draw import draw, to_floats, to_image
-from tools.style_bench.judges import Embedder, Gallery, Judges
+from tools.style_bench.metrics import style_hits
+from tools.style_bench.panel import Panel
 from tools.style_bench.pictures import EmojiPictures
 
-_STYLE = {style.id: style for style in STYLES}
 SHEET = 64
 
 
@@ -45,9 +45,7 @@ def choose(pictures: EmojiPictures, count: int) -> list[tuple[str, Concept]]:
     return order[:count]
 
 
-def score(
-    parts: Parts, pictures: EmojiPictures, judges: Judges, pairs: Sequence[tuple[str, Concept]]
-) -> tuple[dict, torch.Tensor]:
+def score(parts: Parts, panel: Panel, pairs: Sequence[tuple[str, Concept]]) -> tuple[dict, torch.Tensor]:
     """Draws the pairs and has them judged.
 
     Returns:
@@ -55,20 +53,16 @@ def score(
         nearest, or among the five nearest, of all that the judges do not know), each over all pairs and by style;
         and the pictures, uint8, (N, 128, 128, 3).
     """
-    texts = [prompt(concept, _STYLE[style]) for style, concept in pairs]
+    styles = [style for style, _ in pairs]
+    texts = [prompt(concept, STYLE_OF[style]) for style, concept in pairs]
     drawn = draw(parts, texts, [[1]] * len(texts), 1, Reporter())[:, 0]
     values = to_floats(drawn)
-    with torch.no_grad():
-        called = judges.style_logits(values).argmax(1)
-        embedded = judges.concept_embeddings(values)
-    embed = Embedder(judges, pictures)
+    ranks = panel.ranks(values, styles, [concept.base for _, concept in pairs])
+    columns = torch.tensor([panel.judges.styles.index(style) for style in styles])
+    right, _ = style_hits(panel.judges.style_logits(values), columns)
     hits: dict[str, list[tuple[bool, bool, bool]]] = defaultdict(list)
-    for style in dict.fromkeys(style for style, _ in pairs):
-        rows = [n for n, (s, _) in enumerate(pairs) if s == style]
-        gallery = Gallery(judges, pictures, style, embed=embed)
-        ranks = gallery.ranks(embedded[rows], [pairs[n][1].base for n in rows])
-        right = called[rows] == judges.styles.index(style)
-        hits[style] = [(bool(a), bool(r < 1), bool(r < 5)) for a, r in zip(right, ranks, strict=True)]
+    for style, called, rank in zip(styles, right.tolist(), ranks.tolist(), strict=True):
+        hits[style].append((called, rank < 1, rank < 5))
     everything = [row for rows in hits.values() for row in rows]
     return {"all": _shares(everything), **{style: _shares(rows) for style, rows in hits.items()}}, drawn
 
@@ -90,7 +84,7 @@ def main() -> None:
     choose_threads(parts, None)
     pictures = EmojiPictures(arguments.data)
     pairs = choose(pictures, arguments.pictures)
-    shares, drawn = score(parts, pictures, Judges.load(), pairs)
+    shares, drawn = score(parts, Panel.open(pictures, pictures.folder / "judges" / "real"), pairs)
     print(json.dumps(shares, indent=1))
     if arguments.sheet:
         shown = [to_image(picture) for picture in drawn[:SHEET]]

@@ -81,6 +81,7 @@ STYLES: tuple[Style, ...] = (
     Style("emojione-v1", "emojione one", "@iconify-json/emojione-v1@1.2.3", "CC-BY-SA-4.0", "EmojiOne", "held out"),
 )
 
+STYLE_OF = {style.id: style for style in STYLES}
 BASE_STYLES = tuple(style.id for style in STYLES if style.role == "base")
 HELD_OUT_STYLES = tuple(style.id for style in STYLES if style.role == "held out")
 

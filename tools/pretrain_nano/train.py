@@ -22,11 +22,12 @@ import torch
 
 from tools.pretrain_nano import model
 from tools.pretrain_nano.captions import prompt
+from tools.pretrain_nano.concepts import load_concepts
 from tools.pretrain_nano.course import Course, Settings
 from tools.pretrain_nano.crew import Crew
-from tools.pretrain_nano.latents import Latents, load_latents, read_concepts
+from tools.pretrain_nano.latents import Latents, load_latents
 from tools.pretrain_nano.probe import probe
-from tools.pretrain_nano.sources import BASE_STYLES, STYLES
+from tools.pretrain_nano.sources import BASE_STYLES, STYLE_OF
 from tools.pretrain_nano.text_warmup import warm_up
 from tools.pretrain_nano.tokenizer import train_tokenizer
 
@@ -135,9 +136,9 @@ class Signal:
 
 def sentences(data: Path) -> list[str]:
     """Returns what the tokenizer learns from: every label with every style, and all tags."""
-    styles = [style for style in STYLES if style.id in BASE_STYLES]
+    styles = [STYLE_OF[style] for style in BASE_STYLES]
     texts = []
-    for concept in read_concepts(data):
+    for concept in load_concepts(data):
         texts += [prompt(concept, style) for style in styles]
         texts += [concept.label] * 4 + list(concept.tags)
     return texts

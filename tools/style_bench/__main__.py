@@ -6,18 +6,17 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from sdlora.config import Config
 from sdlora.config_io import load_config
-from sdlora.data.cache import Cache
 from sdlora.errors import ConfigError, SdloraError
 from sdlora.families import resolve_base
 from sdlora.training.progress import PlainReporter
 from tools.style_bench.cells import Cell
-from tools.style_bench.experiment import Experiment, folder_digest, write_json
+from tools.style_bench.experiment import Experiment, write_json
+from tools.style_bench.judges import Judges
 from tools.style_bench.measure import Scores, score_cell, score_real
 from tools.style_bench.methods import METHODS
 from tools.style_bench.options import parse
@@ -25,9 +24,6 @@ from tools.style_bench.panel import Panel
 from tools.style_bench.pictures import EmojiPictures
 from tools.style_bench.references import FULL, ORACLE, Tuning
 from tools.style_bench.report import REAL, write_report, write_sheet
-
-if TYPE_CHECKING:
-    from tools.style_bench.judges import Judges
 
 TRIGGER = "sks"
 """Put before every caption unless the settings say otherwise, so that the leak without it can be measured."""
@@ -95,18 +91,9 @@ def _panel(experiment: Experiment) -> Panel:
     Raises:
         ConfigError: if they fail their own examination.
     """
-    from tools.style_bench.judges import WEIGHTS, Gallery, Judges
-
-    judges, pictures = Judges.load(), experiment.pictures
-    digest = Cache.key(folder_digest(WEIGHTS), experiment.data_digest)
-    _examine(judges, pictures, experiment.work / f"gates-{digest[:12]}.json")
-    return Panel(
-        judges,
-        lambda style, embed: Gallery(judges, pictures, style, embed=embed),
-        pictures,
-        digest,
-        Cache(experiment.work / "real"),
-    )
+    panel = Panel.open(experiment.pictures, experiment.work / "real")
+    _examine(panel.judges, experiment.pictures, experiment.work / f"gates-{panel.digest[:12]}.json")
+    return panel
 
 
 def _examine(judges: Judges, pictures: EmojiPictures, passed: Path) -> None:

@@ -13,13 +13,12 @@ from sdlora.families import Parts
 from sdlora.sampling import pipeline
 from sdlora.sampling.prompts import Prompt
 from sdlora.training.progress import Reporter
+from tools.pretrain_nano.drawings import SIDE
 
 SAMPLER = "DPM++ 2M"
 STEPS = 20
 CFG = 4.0
 BATCH = 16
-SIDE = 128
-"""Width and height in pixels of the pictures that are judged."""
 
 
 def settings() -> list[object]:

@@ -87,12 +87,7 @@ class Experiment:
     def digest(self) -> str:
         """Hash of what every cell depends on: the base's files, the data set, sdlora's code, the bench's version."""
         base = Cache.key(self.config.base.model_dump(mode="json", exclude={"model"}), folder_digest(self.base.folder))
-        return Cache.key(VERSION, base, self.data_digest, code_digest())
-
-    @cached_property
-    def data_digest(self) -> str:
-        """Hash of the data set's manifest, which holds the hashes of its pictures."""
-        return hashlib.sha256((self.pictures.folder / "manifest.json").read_bytes()).hexdigest()
+        return Cache.key(VERSION, base, self.pictures.digest, code_digest())
 
 
 def folder_digest(folder: Path) -> str:

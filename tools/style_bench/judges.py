@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdlora.atomic import replacing
+from tools.pretrain_nano.drawings import SIDE
 from tools.style_bench.networks import EMBEDDING, ConceptNet, StyleNet
-from tools.style_bench.pictures import JUDGED_STYLES, SIDE, EmojiPictures
+from tools.style_bench.pictures import JUDGED_STYLES, EmojiPictures
 
 WEIGHTS = Path(__file__).parent / "weights"
 """Folder of `style.safetensors` and `concept.safetensors`, fp16."""

@@ -20,9 +20,10 @@ from sdlora.files.kohya import read_lora
 from sdlora.training.device import choose_device, choose_threads
 from sdlora.training.progress import Reporter
 from tools.pretrain_nano.concepts import Concept
+from tools.pretrain_nano.sources import STYLE_OF
 from tools.style_bench.experiment import Experiment
 from tools.style_bench.heldout import heldout_losses
-from tools.style_bench.protocol import Task, style_of
+from tools.style_bench.protocol import Task
 from tools.style_bench.references import Tuning, open_pictures, tune
 from tools.style_bench.runs import train_lora, write_folder
 
@@ -107,7 +108,7 @@ def _own_styles(task: Task) -> list[str]:
 
 
 def _own_texts(experiment: Experiment, task: Task) -> list[str]:
-    styles = map(style_of, _own_styles(task))
+    styles = [STYLE_OF[style] for style in _own_styles(task)]
     return [f"{concept.label}, {style.words} style" for concept, style in zip(task.prompts, styles, strict=True)]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from sdlora.data.cache import Cache
 from tools.pretrain_nano.concepts import Concept
+from tools.style_bench.experiment import folder_digest
+from tools.style_bench.judges import WEIGHTS, Gallery, Judges
 from tools.style_bench.pictures import EmojiPictures
 
 UNSEEN = ("prompts", "validation", "test")
@@ -46,6 +49,19 @@ class Panel:
         self._kept = kept
         self._gallery = cache(lambda style: gallery(style, self._embed))
         self.real = cache(self._real)
+
+    @classmethod
+    def open(cls, pictures: EmojiPictures, folder: Path) -> Panel:
+        """Loads the judges that come with the bench; what they say about real pictures is kept in `folder`."""
+        judges = Judges.load()
+        digest = Cache.key(folder_digest(WEIGHTS), pictures.digest)
+        return cls(
+            judges,
+            lambda style, embed: Gallery(judges, pictures, style, embed=embed),
+            pictures,
+            digest,
+            Cache(folder),
+        )
 
     @cached_property
     def styles(self) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-import sdlora
 from sdlora.atomic import replacing
-from tools.pretrain_nano.concepts import Concept
+from sdlora.families.loading import NANO
+from tools.pretrain_nano.concepts import Concept, load_concepts
+from tools.pretrain_nano.drawings import SIDE
 from tools.pretrain_nano.sources import STYLES
 
-SIDE = 128
-"""Width and height of every picture in pixels."""
-TWIN_STYLE = "fluent-modern"
-"""The rendering of fluent-3d redrawn as vectors: nearly the same pixels, so no style of its own to a judge."""
-JUDGED_STYLES = tuple(style.id for style in STYLES if style.id != TWIN_STYLE)
-"""The styles that the style judge tells apart, in the order of its logits."""
-VAE = Path(sdlora.__file__).parent / "nano" / "vae"
+JUDGED_STYLES = tuple(style.id for style in STYLES if style.role != "twin")
+"""The styles that the style judge tells apart, in the order of its logits. To a judge a twin is no style of its own."""
+VAE = NANO / "vae"
 """Folder of the base's autoencoder."""
 PART = 16
 """Pictures that pass through the autoencoder at once."""
@@ -52,9 +50,13 @@ class EmojiPictures:
             raise FileNotFoundError(
                 f"{words} is missing; build the data set with `python -m tools.pretrain_nano.build --out {folder}`"
             )
-        rows = json.loads(words.read_text(encoding="utf-8"))
-        self.concepts = [Concept(**{**row, "tags": tuple(row["tags"])}) for row in rows]
+        self.concepts = load_concepts(self.folder)
         self._there = {style.id: self._codes(style.id) for style in STYLES}
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the data set's manifest, which holds the hashes of its pictures."""
+        return hashlib.sha256((self.folder / "manifest.json").read_bytes()).hexdigest()
 
     def _codes(self, style: str) -> frozenset[str]:
         return frozenset(file.stem for file in (self.folder / "pictures" / style).glob("*.png"))

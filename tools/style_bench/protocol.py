@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from tools.pretrain_nano.concepts import Concept
-from tools.pretrain_nano.sources import BASE_STYLES, STYLES, Style
+from tools.pretrain_nano.sources import BASE_STYLES, STYLE_OF, Style
 
 HALVES = ("tune", "final")
 """Parts of the split "prompts": settings are chosen on the first, numbers are reported on the second."""
@@ -70,7 +70,7 @@ def make_task(
     everything = [c for c in pool if c.base not in held_out]
     learn = stratified(one_of_each(everything, has, style), images, f"subset {subset}: {style}")
     return Task(
-        style=style_of(style),
+        style=STYLE_OF[style],
         subset=subset,
         prompts=choose_prompts(concepts, has, style, half, prompts),
         num_seeds=seeds,
@@ -78,11 +78,6 @@ def make_task(
         validation=tuple(validation),
         everything=tuple(everything),
     )
-
-
-def style_of(id: str) -> Style:
-    """Returns a style of the data set by its id."""
-    return next(style for style in STYLES if style.id == id)
 
 
 def half_of(base: str) -> str:
