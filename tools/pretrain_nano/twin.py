@@ -4,7 +4,7 @@ The optimizer keeps the fp32 master. The twin computes: bf16, channels last, and
 torch's are slow at this size (attention, GroupNorm with SiLU, LayerNorm, GEGLU). Measured on one Zen 4 core, batch 32:
 typically 48 pictures/s (processor time) with it, 24 in plain bf16, 24.5 in plain fp32 (wall time, not in pairs).
 Gradients at fresh weights agree with fp32's to a cosine of 0.9999 over all weights and 0.998 for the worst tensor;
-`tests/pretrain_nano/test_train.py` holds it to 0.999 and 0.98.
+`tests/pretrain_nano/test_course.py` holds it to 0.999 and 0.98.
 """
 
 from __future__ import annotations
