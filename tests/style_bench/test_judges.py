@@ -13,7 +13,7 @@ from tools.style_bench.discriminant import discriminant
 from tools.style_bench.gates import Row, table
 from tools.style_bench.imagenet import converted
 from tools.style_bench.judges import WEIGHTS, Gallery, Judges, save
-from tools.style_bench.networks import ConceptNet, Lite0, StyleNet
+from tools.style_bench.networks import ConceptNet, Lite0, StyleNet, palette
 from tools.style_bench.pictures import JUDGED_STYLES, EmojiPictures, lookalikes
 
 LIMITS = {"style.safetensors": 2.5e6, "concept.safetensors": 10e6}
@@ -146,7 +146,6 @@ def test_jitter_keeps_shape_and_range():
     assert (
         (moved[:, :, [0, 0, -1, -1], [0, -1, 0, -1]] == 1).any(dim=(1, 2)).all()
     )  # some corner shows the white outside
-    assert jitter.moved(views, rng, smallest=1, largest=1, turn=0, mirror=False, window=0.5).shape == (4, 3, 16, 16)
     for changed in (
         moved,
         jitter.recoloured(views, rng, 0.3),
@@ -155,6 +154,24 @@ def test_jitter_keeps_shape_and_range():
     ):
         assert changed.shape == views.shape and changed.min() >= 0 and changed.max() <= 1
     assert torch.allclose(jitter.recoloured(views, rng, 0), views, atol=1e-5)
+
+
+def test_a_palette_is_the_share_of_each_colour():
+    red = torch.tensor([1.0, 0, 0])[None, :, None, None].expand(1, 3, 12, 12)
+    assert palette(red, 3).argmax() == 2 * 9 and palette(red, 3).sum() == 1
+    between = palette(torch.full((1, 3, 12, 12), 0.25), 3)
+    assert torch.allclose(between[between > 0], torch.tensor(8**-0.5))
+    views = torch.rand(2, 3, 24, 24)
+    assert torch.allclose(palette(views, 17).square().sum(1), torch.ones(2))
+
+
+def test_a_style_judge_may_look_at_part_of_a_picture_but_counts_all_colours(judges):
+    views = torch.rand(2, 3, 128, 128)
+    net = judges.style_net
+    assert torch.equal(net(views, views), net(views))
+    other = views.clone()
+    other[:, :, 64:] = 1  # changes the colours, not the part that is looked at
+    assert not torch.equal(net(views, views[:, :, :64, :64]), net(other, views[:, :, :64, :64]))
 
 
 def test_gates_compare_means_over_styles():

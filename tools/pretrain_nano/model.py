@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdlora.families.loading import NANO
@@ -67,14 +67,16 @@ def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     return tokenizer(captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
 
 
-def save_base(folder: Path, tokenizer: CLIPTokenizer, text_encoder: nn.Module, denoiser: nn.Module) -> None:
+def save_base(
+    folder: Path, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, denoiser: UNet2DConditionModel
+) -> None:
     """Writes a complete base in diffusers' layout, weights in fp16.
 
     Args:
         folder: is made; the autoencoder and the scheduler are those of the embedded base.
         tokenizer: its files are written anew.
-        text_encoder: a `CLIPTextModel`; left as it is.
-        denoiser: a `UNet2DConditionModel`; left as it is.
+        text_encoder: left as it is.
+        denoiser: left as it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if folder.resolve() != NANO.resolve():
@@ -82,15 +84,16 @@ def save_base(folder: Path, tokenizer: CLIPTokenizer, text_encoder: nn.Module, d
             shutil.copytree(NANO / part, folder / part, dirs_exist_ok=True)
         shutil.copy(NANO / "model_index.json", folder / "model_index.json")
     tokenizer.save_pretrained(folder / "tokenizer")
-    for part, network, name in (
-        ("text_encoder", text_encoder, "model.safetensors"),
-        ("unet", denoiser, "diffusion_pytorch_model.safetensors"),
+    words = CLIPTextConfig(**text_encoder.config.to_dict())
+    words.architectures, words.dtype = [CLIPTextModel.__name__], "float16"
+    words.save_pretrained(folder / "text_encoder")
+    shape = json.loads(denoiser.to_json_string())
+    shape.pop("_name_or_path", None)  # where this machine keeps it is nobody's business
+    (folder / "unet").mkdir(exist_ok=True)
+    (folder / "unet/config.json").write_text(json.dumps(shape, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for network, file in (
+        (text_encoder, "text_encoder/model.safetensors"),
+        (denoiser, "unet/diffusion_pytorch_model.safetensors"),
     ):
-        (folder / part).mkdir(exist_ok=True)
         weights = {key: value.detach().half().contiguous() for key, value in network.state_dict().items()}
-        save_file(weights, folder / part / name, metadata={"format": "pt"})
-        configuration = network.config.to_dict() if part == "text_encoder" else dict(network.config)
-        if part == "text_encoder":
-            configuration["dtype"] = "float16"
-        text = json.dumps(configuration, indent=2, sort_keys=True, default=list)
-        (folder / part / "config.json").write_text(text + "\n", encoding="utf-8")
+        save_file(weights, folder / file, metadata={"format": "pt"})

@@ -19,7 +19,6 @@ def moved(
     largest: float,
     turn: float,
     mirror: bool,
-    window: float = 1,
 ) -> Tensor:
     """Scales, shifts, turns and mirrors each picture by itself; what comes in from outside is white.
 
@@ -30,24 +29,22 @@ def moved(
         largest: greatest scale; above 1 the margin is cut off, and maybe more.
         turn: greatest angle in degrees, either way.
         mirror: whether half of the pictures are flipped left to right.
-        window: side of what is looked at, relative to the picture; below 1 a part of it is returned, at the same scale.
 
     Returns:
-        (N, 3, window H, window W).
+        (N, 3, H, W).
     """
     count = len(pictures)
     draw = torch.rand(count, 5, generator=rng)
     scale = smallest * (largest / smallest) ** draw[:, 0]
     angle = (draw[:, 1] * 2 - 1) * turn * math.pi / 180
     flip = torch.where((draw[:, 2] < 0.5) & mirror, -1.0, 1.0)
-    room = (1 - scale).abs().clamp_min(0.05) + 0.6 * (1 - window)
+    room = (1 - scale).abs().clamp_min(0.05)
     shift = (draw[:, 3:] * 2 - 1) * room[:, None]
-    cosine, sine = angle.cos() / scale * window, angle.sin() / scale * window
+    cosine, sine = angle.cos() / scale, angle.sin() / scale
     rows = torch.stack(
         (torch.stack((flip * cosine, -sine, -shift[:, 0]), 1), torch.stack((flip * sine, cosine, -shift[:, 1]), 1)), 1
     )
-    count, channels, height, width = pictures.shape
-    grid = F.affine_grid(rows, [count, channels, int(height * window), int(width * window)], align_corners=False)
+    grid = F.affine_grid(rows, list(pictures.shape), align_corners=False)
     return 1 - F.grid_sample(1 - pictures, grid, align_corners=False)
 
 

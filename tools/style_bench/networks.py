@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import ClassVar
 
 import torch
@@ -76,40 +77,82 @@ class Lite0(nn.Module):
 class StyleNet(nn.Module):
     """Tells styles apart by how lines, fills and shadings look, and by the palette.
 
-    The features are the mean and the spread of channels over the picture, after several blocks, and the mean of a
-    function of each pixel's colour; so place matters little, and pictures may have any size.
+    The features are the mean and the spread of channels over the picture, after several blocks, and what a linear map
+    makes of the picture's `palette`; so place matters little, and pictures may have any size.
     """
 
     TAPS: ClassVar = {0: 16, 2: 24, 4: 40, 7: 80, 10: 112}
     """Blocks whose channels are looked at, and how many those are."""
-    WAVES = 5
-    PALETTE = 96
+    LEVELS = 17
+    COLOURS = 64
     FEATURES = 256
 
     def __init__(self, classes: int):
         """Builds the network for so many styles."""
         super().__init__()
         self.body = Lite0(max(self.TAPS) + 1)
-        self.palette = nn.Sequential(
-            nn.Conv2d(3 + 6 * self.WAVES, 64, 1), nn.ReLU(), nn.Conv2d(64, self.PALETTE, 1), nn.ReLU()
-        )
-        self.norm = nn.BatchNorm1d(2 * sum(self.TAPS.values()) + self.PALETTE)
+        self.usual: Tensor
+        self.rarity: Tensor
+        self.register_buffer("usual", torch.zeros(self.LEVELS**3))
+        self.register_buffer("rarity", torch.ones(self.LEVELS**3))
+        self.colours = nn.Linear(self.LEVELS**3, self.COLOURS)
+        self.norm = nn.BatchNorm1d(2 * sum(self.TAPS.values()) + self.COLOURS)
         self.mix = nn.Linear(self.norm.num_features, self.FEATURES)
         self.head = nn.Linear(self.FEATURES, classes)
 
-    def features(self, pictures: Tensor) -> Tensor:
-        """Maps (N, 3, H, W) in [0, 1] to (N, 256)."""
-        outputs = self.body(pictures)
+    def get_used_to(self, pictures: Tensor) -> None:
+        """Learns which colours are common, so that a rare one counts as much as a frequent one.
+
+        Args:
+            pictures: (N, 3, H, W) in [0, 1], of all styles.
+        """
+        shares = palette(pictures, self.LEVELS)
+        self.usual.copy_(shares.mean(0))
+        self.rarity.copy_(1 / (shares.std(0) + 2e-3))
+
+    def features(self, pictures: Tensor, close_ups: Tensor | None = None) -> Tensor:
+        """Maps pictures to what the style judge sees before it decides.
+
+        Args:
+            pictures: (N, 3, H, W) in [0, 1].
+            close_ups: parts of the same pictures, for lines and shadings; None: the whole pictures.
+
+        Returns:
+            (N, 256).
+        """
+        outputs = self.body(pictures if close_ups is None else close_ups)
         statistics = [value for tap in self.TAPS for value in mean_and_spread(outputs[tap])]
-        some = pictures[:, :, 1::3, 1::3]
-        waves = [torch.pi * 2**n * some for n in range(self.WAVES)]
-        colours = torch.cat((some, *(f(wave) for wave in waves for f in (torch.sin, torch.cos))), 1)
-        statistics.append(self.palette(colours).float().mean((2, 3)))
+        shares = ((palette(pictures, self.LEVELS) - self.usual) * self.rarity).clamp(-6, 6)
+        statistics.append(F.relu(self.colours(F.dropout(shares, 0.3, self.training)).float()))
         return F.relu(self.mix(F.dropout(self.norm(torch.cat(statistics, 1)), 0.2, self.training)))
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Maps (N, 3, H, W) in [0, 1] to logits (N, classes)."""
-        return self.head(F.dropout(self.features(pictures), 0.3, self.training))
+    def forward(self, pictures: Tensor, close_ups: Tensor | None = None) -> Tensor:
+        """Maps (N, 3, H, W) in [0, 1] to logits (N, classes); see `features`."""
+        return self.head(F.dropout(self.features(pictures, close_ups), 0.3, self.training))
+
+
+def palette(pictures: Tensor, levels: int) -> Tensor:
+    """Says how much of a picture is in each colour.
+
+    Every ninth pixel counts, divided among the eight colours of a grid that are nearest in red, green and blue.
+
+    Args:
+        pictures: (N, 3, H, W) in [0, 1].
+        levels: values of red, green and blue that the grid has, at least 2.
+
+    Returns:
+        The square root of each colour's share of the pixels, (N, levels^3), fp32; red changes slowest.
+    """
+    place = pictures[:, :, 1::3, 1::3].float().flatten(2) * (levels - 1)
+    below = place.floor().clamp(0, levels - 2)
+    high = place - below
+    red, green, blue = below.long().unbind(1)
+    corner = (red * levels + green) * levels + blue
+    shares = pictures.new_zeros(len(pictures), levels**3, dtype=torch.float32)
+    for r, g, b in product((0, 1), repeat=3):
+        part = [high[:, n] if up else 1 - high[:, n] for n, up in enumerate((r, g, b))]
+        shares.scatter_add_(1, corner + (r * levels + g) * levels + b, part[0] * part[1] * part[2])
+    return (shares / place.shape[2]).sqrt()
 
 
 def mean_and_spread(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,13 +27,15 @@ from tools.style_bench.pictures import JUDGED_STYLES, EmojiPictures, Reconstruct
 BATCH = 64
 SPOILED = 4
 """Pictures of a batch that are made to be in no style."""
-STEPS = 1400
-CLOSE_UP = 0.85
-"""Share of the steps that look at half-sized windows, which cost a quarter; the others look at whole pictures."""
+STEPS = 2400
+CLOSE_UP = 0.8
+"""Share of the steps in which the body sees half-sized windows, which cost a quarter; in the others, whole pictures."""
+WINDOW = 64
+"""Side of such a window."""
 RATE = 2e-3
 REPORT = 100
 """Steps between two lines on the terminal."""
-EVERY = 4
+EVERY = 2
 """One in so many pictures of "learn" takes the VAE's round trip."""
 
 
@@ -88,14 +90,17 @@ def train_style_net(pool: dict[str, Pool], start: dict[str, Tensor], steps: int)
     torch.manual_seed(0)
     net = StyleNet(len(JUDGED_STYLES) + 1)
     load_body(net.body, start)
+    sample = [as_floats(source[::4]) for style in pool.values() for source in (style.drawn, style.decoded)]
+    net.get_used_to(torch.cat(sample))
     net = net.train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.15)
     began, right, losses = time.monotonic(), 0.0, 0.0
     for step in range(1, steps + 1):
-        views, styles = _batch(pool, rng, window=0.5 if step <= CLOSE_UP * steps else 1)
+        views, styles = _batch(pool, rng)
+        seen = _windows(views, rng) if step <= CLOSE_UP * steps else views
         with torch.autocast("cpu", torch.bfloat16):
-            logits = net(views.contiguous(memory_format=torch.channels_last))
+            logits = net(views, seen.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), styles, label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
@@ -110,7 +115,7 @@ def train_style_net(pool: dict[str, Pool], start: dict[str, Tensor], steps: int)
     return net.eval()
 
 
-def _batch(pool: dict[str, Pool], rng: torch.Generator, window: float) -> tuple[Tensor, Tensor]:
+def _batch(pool: dict[str, Pool], rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draws styles evenly and a picture of each; returns views and indices of styles, those of spoiled views last."""
     styles = torch.randint(len(JUDGED_STYLES), (BATCH,), generator=rng)
     chosen = []
@@ -119,11 +124,18 @@ def _batch(pool: dict[str, Pool], rng: torch.Generator, window: float) -> tuple[
         source = source.decoded if n % 2 else source.drawn
         chosen.append(source[int(torch.randint(len(source), (), generator=rng))])
     views = as_floats(torch.stack(chosen))
-    views = jitter.moved(views, rng, smallest=0.85, largest=1.15, turn=2, mirror=True, window=window)
+    views = jitter.moved(views, rng, smallest=0.85, largest=1.15, turn=2, mirror=True)
     views = jitter.roughened(jitter.recoloured(views, rng, 0.025), rng, blur=0.6, noise=0.015)
     views[-SPOILED:] = jitter.spoiled(views[-SPOILED:], rng)
     styles[-SPOILED:] = len(JUDGED_STYLES)
     return views, styles
+
+
+def _windows(views: Tensor, rng: torch.Generator) -> Tensor:
+    """Cuts a window out of each view, (N, 3, WINDOW, WINDOW), at places drawn evenly."""
+    corners = torch.randint(views.shape[-1] - WINDOW + 1, (len(views), 2), generator=rng).tolist()
+    cuts = [view[:, y : y + WINDOW, x : x + WINDOW] for view, (y, x) in zip(views, corners, strict=True)]
+    return torch.stack(cuts)
 
 
 def load_body(body: Lite0, start: dict[str, Tensor]) -> None:
