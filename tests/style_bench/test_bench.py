@@ -16,8 +16,10 @@ from sdlora.families import Base
 from tools.pretrain_nano.sources import STYLES
 from tools.style_bench import __main__ as bench
 from tools.style_bench import draw, experiment, heldout, options, protocol
+from tools.style_bench.gates import Gates
 from tools.style_bench.methods import OWN_STYLES
 from tools.style_bench.panel import Panel
+from tools.style_bench.report import _warning
 
 
 @pytest.fixture
@@ -72,9 +74,9 @@ def run(monkeypatch, tmp_path, emoji, tiny_base):
     monkeypatch.setattr(heldout, "LEVELS", 2)
     monkeypatch.setattr(protocol, "NUM_VALIDATION", 3)
 
-    def panel(made):
+    def panel(made, despite_gates):
         cache = Cache(made.work / "real")
-        return Panel(StubJudges(), StubGallery, made.pictures, "judges", cache)
+        return Panel(StubJudges(), StubGallery, made.pictures, "judges", cache), ""
 
     monkeypatch.setattr(bench, "_panel", panel)
 
@@ -171,18 +173,23 @@ def test_what_decides_a_picture_is_in_its_key(emoji, tiny_base, monkeypatch):
     assert isinstance(made().base, Base)
 
 
-def test_judges_that_fail_are_not_believed_and_those_that_pass_are_asked_once(tmp_path, monkeypatch):
+def test_judges_are_asked_once_and_not_believed_if_they_fail(tmp_path, monkeypatch):
     asked = []
 
     def check(judges, pictures):
         asked.append(judges)
-        return SimpleNamespace(passed=judges == "good")
+        return Gates(judges == "good", f"{judges} judges")
 
     monkeypatch.setitem(sys.modules, "tools.style_bench.gates", SimpleNamespace(check=check))
-    file = tmp_path / "gates.json"
-    with pytest.raises(ConfigError, match="failed their gates"):
-        bench._examine("bad", None, file)
-    assert not file.exists()
-    bench._examine("good", None, file)
-    bench._examine("good", None, file)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="failed their gates, so nothing that they say counts: bad judges"):
+            bench._examine("bad", None, tmp_path / "bad.json")
+        assert bench._examine("bad", None, tmp_path / "bad.json", despite_gates=True) == "bad judges"
+        assert bench._examine("good", None, tmp_path / "good.json") == ""
     assert asked == ["bad", "good"]
+
+
+def test_a_report_of_failed_judges_says_so_first():
+    assert _warning("") == []
+    lines = _warning("style 91 %\nFAIL")
+    assert "failed their gates" in lines[0] and lines[2:-1] == ["```", "style 91 %", "FAIL", "```"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     experiment = _experiment(options)
-    panel = _panel(experiment)
+    panel, failure = _panel(experiment, options.despite_gates)
     threads = torch.get_num_threads()
     scores: dict[str, dict[str, list[Scores]]] = {}
     for style in options.style:
@@ -69,7 +70,7 @@ def _run(options: argparse.Namespace) -> int:
             continue
         of_style[REAL] = [score_real(panel, next(iter(first.values())).task)]
         write_sheet(options.out, options.name, first)
-        target = write_report(options.out, options.name, experiment, scores, panel.digest)
+        target = write_report(options.out, options.name, experiment, scores, panel.digest, failure)
     if not scores:
         raise ConfigError(f"nothing is drawn yet with these settings in {options.work}; leave out --report")
     print(f"\n{target.read_text(encoding='utf-8').split('## What')[0]}\n{target}")
@@ -85,36 +86,48 @@ def _cells(experiment: Experiment, style: str, options: argparse.Namespace) -> I
                 yield Cell(experiment, task, method)
 
 
-def _panel(experiment: Experiment) -> Panel:
+def _panel(experiment: Experiment, despite_gates: bool) -> tuple[Panel, str]:
     """Loads the judges, and makes sure that they deserve to be believed.
 
+    Returns:
+        The panel, and what to warn of in the report; "" if the judges have passed.
+
     Raises:
-        ConfigError: if they fail their own examination.
+        ConfigError: if they fail their own examination, unless `despite_gates`.
     """
     panel = Panel.open(experiment.pictures, experiment.work / "real")
-    _examine(panel.judges, experiment.pictures, experiment.work / f"gates-{panel.digest[:12]}.json")
-    return panel
+    file = experiment.work / f"gates-{panel.digest[:12]}.json"
+    return panel, _examine(panel.judges, experiment.pictures, file, despite_gates)
 
 
-def _examine(judges: Judges, pictures: EmojiPictures, passed: Path) -> None:
+def _examine(judges: Judges, pictures: EmojiPictures, file: Path, despite_gates: bool = False) -> str:
     """Lets the judges through their gates, once for each version of them: it takes minutes.
 
     Args:
         judges: the judges.
         pictures: the data set.
-        passed: written when they have passed; if it is there, nothing is done.
+        file: remembers what came out; if it is there, nothing is done again.
+        despite_gates: whether to go on if they fail.
+
+    Returns:
+        "" if they passed, else how they failed.
 
     Raises:
-        ConfigError: if they fail.
+        ConfigError: if they fail, unless `despite_gates`.
     """
     from tools.style_bench.gates import check
 
-    if passed.is_file():
-        return
-    gates = check(judges, pictures)
-    if not gates.passed:
-        raise ConfigError(f"the judges failed their gates, so nothing that they say counts: {gates}")
-    write_json(passed, {"passed": True})
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))
+    else:
+        gates = check(judges, pictures)
+        found = {"passed": gates.passed, "text": str(gates)}
+        write_json(file, found)
+    if found["passed"]:
+        return ""
+    if not despite_gates:
+        raise ConfigError(f"the judges failed their gates, so nothing that they say counts: {found['text']}")
+    return found["text"]
 
 
 def _experiment(options: argparse.Namespace) -> Experiment:

@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--oracle-steps", type=_positive, default=ORACLE.steps, help=f"steps of the oracle; default {ORACLE.steps}")
     add("--oracle-rates", type=_rates, default=ORACLE.rates, help=f"its rates to try; default {_text(ORACLE.rates)}")
     add("--report", action="store_true", help="learn and draw nothing: report what is finished with these settings")
+    add("--despite-gates", action="store_true", help="report although the judges fail; the report then says so first")
     add("--work", type=Path, default=Path("runs/style-bench"), help="finished cells; default runs/style-bench")
     add("--out", type=Path, default=Path("benchmarks/style"), help="the report; default benchmarks/style")
     add("--name", help="stem of the report's files; default report, with --quick quick")

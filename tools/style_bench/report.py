@@ -27,7 +27,9 @@ AllScores = Mapping[str, Mapping[str, Sequence[Scores]]]
 """Style -> method -> the scores of its subsets."""
 
 
-def write_report(folder: Path, name: str, experiment: Experiment, scores: AllScores, judges: str) -> Path:
+def write_report(
+    folder: Path, name: str, experiment: Experiment, scores: AllScores, judges: str, failure: str = ""
+) -> Path:
     """Writes `NAME.json` and `NAME.md` into a folder; returns the latter.
 
     Args:
@@ -36,12 +38,13 @@ def write_report(folder: Path, name: str, experiment: Experiment, scores: AllSco
         experiment: the settings.
         scores: style -> method -> scores; "real" stands for the real pictures.
         judges: hash of the judges and the data set.
+        failure: how the judges failed their gates; "" if they passed.
     """
     tables, mean = summarise(scores)
     counts = {style: _counts(by_method) for style, by_method in scores.items()}
     spread = {style: subset_spread(by_method.get("lora", ())) for style, by_method in scores.items()}
     facts = {
-        "settings": {**_settings(experiment), "judges": judges},
+        "settings": {**_settings(experiment), "judges": judges, "judges_passed": not failure},
         "goals": [asdict(goal) | {"seen": _seen(goal, mean)} for goal in GOALS],
         "mean": _plain(mean),
         "styles": {
@@ -51,7 +54,7 @@ def write_report(folder: Path, name: str, experiment: Experiment, scores: AllSco
         "definitions": {measure.id: measure.meaning for measure in MEASURES},
     }
     write_json(folder / f"{name}.json", facts)
-    lines = ["# Style bench", "", _sentence(experiment), ""]
+    lines = ["# Style bench", "", *_warning(failure), _sentence(experiment), ""]
     lines += ["## Goals", "", *_goal_lines(mean), ""]
     lines += [f"## Mean over {_count(len(tables), 'style')}: {', '.join(tables)}", "", *_table_lines(mean), ""]
     for style, table in tables.items():
@@ -122,6 +125,13 @@ def _sentence(experiment: Experiment) -> str:
         f"drawn, {experiment.num_seeds} pictures each. Base: {experiment.base.name}. How to read it: "
         "tools/style_bench/BENCH.md."
     )
+
+
+def _warning(failure: str) -> list[str]:
+    if not failure:
+        return []
+    words = "**The judges failed their gates: what follows is a hint and no result.** They are right this often:"
+    return [words, "", "```", *failure.splitlines(), "```", ""]
 
 
 def _goal_lines(mean: Table) -> list[str]:
