@@ -10,7 +10,7 @@ import click
 from sdlora.config import Config
 from sdlora.config_io import load_config
 
-HELD_OUT = ("dog face", "koala", "mushroom", "cookie", "monkey face", "egg", "tomato", "lemon")
+HELD_OUT = ("dog face", "pig face", "alien", "police officer", "ambulance", "cherry blossom", "umbrella", "melon")
 """Prompts of the grid: subjects that the miniature base knows and that are not among the example pictures."""
 
 
@@ -83,7 +83,7 @@ def demo_config(output: Path | None, steps: int) -> Config:
         "output.output": output,
         "output.name": "demo",
         "train.steps": steps,
-        "samples.sample_prompts": [f"{subject} --d 3" for subject in HELD_OUT],
+        "samples.sample_prompts": [f"{subject} --d 5" for subject in HELD_OUT],
         "samples.sample_cfg": 4.0,
         "samples.sample_every": 10**6,  # at the end only
     }

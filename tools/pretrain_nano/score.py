@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 from sdlora.families import Base, Parts, load_parts
 from sdlora.families.loading import NANO
-from sdlora.sampling.grid import grid
 from sdlora.training.device import choose_threads
 from sdlora.training.progress import Reporter
 from tools.pretrain_nano.captions import prompt
 from tools.pretrain_nano.concepts import Concept
+from tools.pretrain_nano.drawings import SIDE
 from tools.pretrain_nano.sources import BASE_STYLES, STYLE_OF
 from tools.style_bench.draw import draw, to_floats, to_image
 from tools.style_bench.metrics import style_hits
@@ -31,6 +33,8 @@ from tools.style_bench.panel import Panel
 from tools.style_bench.pictures import EmojiPictures
 
 SHEET = 64
+LETTERS = 24
+"""Longest label that is written out below a picture."""
 
 
 def choose(pictures: EmojiPictures, count: int) -> list[tuple[str, Concept]]:
@@ -72,6 +76,28 @@ def _shares(rows: Sequence[tuple[bool, bool, bool]]) -> dict[str, float]:
     return {"pictures": len(rows), **{name: round(sum(column) / len(rows), 3) for name, column in columns}}
 
 
+def sheet(drawn: torch.Tensor, pairs: Sequence[tuple[str, Concept]]) -> Image.Image:
+    """Lays pictures out in rows of eight, each with the thing and the style that were asked for below it.
+
+    Args:
+        drawn: uint8, (N, 128, 128, 3).
+        pairs: N (style, concept) pairs.
+    """
+    font = ImageFont.load_default(11)
+    width, height = SIDE + 12, SIDE + 40
+    page = Image.new("RGB", (8 * width, math.ceil(len(pairs) / 8) * height), "white")
+    pen = ImageDraw.Draw(page)
+    for n, (picture, (style, concept)) in enumerate(zip(drawn, pairs, strict=True)):
+        x, y = n % 8 * width + 6, n // 8 * height + 4
+        page.paste(to_image(picture), (x, y))
+        pen.text((x, y + SIDE + 2), f"{_cut(concept.label)}\n{STYLE_OF[style].words}", "black", font)
+    return page
+
+
+def _cut(label: str) -> str:
+    return label if len(label) <= LETTERS else label[: LETTERS - 1] + "…"
+
+
 def main() -> None:
     """Parses the arguments, draws, judges, and prints."""
     parser = argparse.ArgumentParser(prog="python -m tools.pretrain_nano.score", description=__doc__.splitlines()[0])
@@ -87,12 +113,7 @@ def main() -> None:
     shares, drawn = score(parts, Panel.open(pictures, pictures.folder / "judges" / "real"), pairs)
     print(json.dumps(shares, indent=1))
     if arguments.sheet:
-        shown = [to_image(picture) for picture in drawn[:SHEET]]
-        columns = len(BASE_STYLES)
-        rows = [shown[n : n + columns] for n in range(0, len(shown) - columns + 1, columns)]
-        grid(rows, row_labels=[""] * len(rows), column_labels=[style for style, _ in pairs[:columns]], cell=128).save(
-            arguments.sheet
-        )
+        sheet(drawn[:SHEET], pairs[:SHEET]).save(arguments.sheet)
 
 
 if __name__ == "__main__":
