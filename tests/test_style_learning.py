@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sdlora.cli.demo import demo_config
+from sdlora.cli.demo import HELD_OUT, demo_config
 from sdlora.training.progress import Reporter
 from sdlora.training.train import train
 from tools.style_bench.judges import Judges
@@ -14,7 +14,7 @@ from tools.style_bench.judges import Judges
 STYLE = "fluent-3d"
 """The style of the example pictures. The base has never seen it."""
 SUBJECTS = (
-    *("dog face", "pig face", "alien", "police officer", "ambulance", "cherry blossom", "umbrella", "melon"),
+    *HELD_OUT,
     *("banana", "maple leaf", "hot dog", "crystal ball", "sun", "jeans", "snowman", "deciduous tree"),
 )
 """Things that the base knows, and neither the judge nor the LoRA has seen."""

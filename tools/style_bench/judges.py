@@ -73,7 +73,7 @@ class Judges:
         return self.style_net.head(self.style_features(pictures))
 
     def style_features(self, pictures: Tensor) -> Tensor:
-        """Maps (N, 3, 128, 128) in [0, 1] to (N, 320): what the style judge sees before it decides.
+        """Maps (N, 3, 128, 128) in [0, 1] to (N, 256): what the style judge sees before it decides.
 
         Raises:
             ValueError: the pictures have another shape.
@@ -81,7 +81,7 @@ class Judges:
         return _in_parts(self.style_net.features, pictures, self.style_net.head.in_features)
 
     def concept_embeddings(self, pictures: Tensor) -> Tensor:
-        """Maps (N, 3, 128, 128) in [0, 1] to (N, 256), each of length one.
+        """Maps (N, 3, 128, 128) in [0, 1] to (N, 512), each of length one.
 
         Raises:
             ValueError: the pictures have another shape.
