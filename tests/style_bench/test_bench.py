@@ -19,7 +19,7 @@ from tools.style_bench import draw, experiment, heldout, options, protocol
 from tools.style_bench.gates import Gates
 from tools.style_bench.methods import OWN_STYLES
 from tools.style_bench.panel import Panel
-from tools.style_bench.report import _warning
+from tools.style_bench.report import warning
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ class StubGallery:
 @pytest.fixture
 def run(monkeypatch, tmp_path, emoji, tiny_base):
     """Runs the bench with a tiny base, stub judges and two steps of everything."""
-    monkeypatch.setattr(bench, "QUICK_SIZE", (3, 2))
+    monkeypatch.setattr(options, "QUICK_SIZE", (3, 2))
     monkeypatch.setattr(draw, "STEPS", 2)
     monkeypatch.setattr(heldout, "LEVELS", 2)
     monkeypatch.setattr(protocol, "NUM_VALIDATION", 3)
@@ -151,6 +151,39 @@ def test_heldout_noise_is_antithetic_and_the_loss_repeats(tiny_parts, style_dir,
     assert len(first) == len(dataset.examples) and all(0 < loss < 10 for loss in first)
 
 
+def test_a_sweep_changes_one_setting_at_a_time(run, capsys):
+    vary = ("--vary", "lora.rank=1, 3", "--vary", "data.caption_dropout=0.0")
+    assert run.go(*vary) == 0
+    report = json.loads((run.out / "sweep.json").read_text())
+    names = ["lora.rank=1", "lora.rank=3", "data.caption_dropout=0.0"]
+    assert list(report["variants"]) == ["unchanged", *names, "base", "own"]
+    assert set(report["differences"]["style"]) == set(names)
+    for name in names:
+        change = report["differences"]["style"][name]
+        styles = [report["variants"][row]["style"]["value"] for row in (name, "unchanged")]
+        assert change["value"] == pytest.approx(styles[0] - styles[1])
+        assert change["low"] <= change["value"] <= change["high"]
+    assert len(list(run.work.glob("*-lora-*/learned.json"))) == 4, "one LoRA each, and one of nothing changed"
+    table = (run.out / "sweep.md").read_text()
+    assert "| lora.rank=3 |" in table and "| base alone |" in table
+    assert run.go("--vary", "lora.rank=1,4", "--vary", "lora.dropout=0.5", "--report") == 2
+    assert "not drawn yet: lora.rank=4, lora.dropout=0.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("vary", "message"),
+    [
+        (["lora.rank"], "write it as"),
+        (["lora.rank=,"], "write it as"),
+        (["lora.rank=4", "lora.rank=4"], "twice"),
+        (["lora.rnk=4"], "lora.rank"),
+    ],
+)
+def test_what_cannot_be_varied_is_refused(run, capsys, vary, message):
+    assert run.go(*(word for text in vary for word in ("--vary", text))) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_what_decides_a_picture_is_in_its_key(emoji, tiny_base, monkeypatch):
     monkeypatch.setattr(protocol, "NUM_VALIDATION", 3)
 
@@ -190,6 +223,6 @@ def test_judges_are_asked_once_and_not_believed_if_they_fail(tmp_path, monkeypat
 
 
 def test_a_report_of_failed_judges_says_so_first():
-    assert _warning("") == []
-    lines = _warning("style 91 %\nFAIL")
+    assert warning("") == []
+    lines = warning("style 91 %\nFAIL")
     assert "failed their gates" in lines[0] and lines[2:-1] == ["```", "style 91 %", "FAIL", "```"]

@@ -25,13 +25,12 @@ from tools.style_bench.panel import Panel
 from tools.style_bench.pictures import EmojiPictures
 from tools.style_bench.references import FULL, ORACLE, Tuning
 from tools.style_bench.report import REAL, write_report, write_sheet
+from tools.style_bench.sweep import UNCHANGED, variants, write_sweep
 
 TRIGGER = "sks"
 """Put before every caption unless the settings say otherwise, so that the leak without it can be measured."""
 QUICK_STEPS = 250
 """Training steps of `--quick`, unless the settings say otherwise."""
-QUICK_SIZE, FULL_SIZE = (24, 2), (100, 4)
-"""Prompts, and pictures of each: with `--quick`, and without."""
 NEEDED = ("base", "own")
 """Always drawn: other numbers are measured against them."""
 
@@ -40,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the bench; returns the exit code: 0, 2 for what the person can fix, 130 if stopped."""
     options = parse(arguments)
     try:
-        return _run(options)
+        return _sweep(options) if options.vary else _run(options)
     except (SdloraError, ValueError, FileNotFoundError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
@@ -52,29 +51,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     experiment = _experiment(options)
     panel, failure = _panel(experiment, options.despite_gates)
-    threads = torch.get_num_threads()
     scores: dict[str, dict[str, list[Scores]]] = {}
     for style in options.style:
-        of_style = scores.setdefault(style, {})
+        of_style: dict[str, list[Scores]] = {}
         first: dict[str, Cell] = {}
         for cell in _cells(experiment, style, options):
-            if not options.report:
-                print(f"== {style}, subset {cell.task.subset}: {cell.method.title}", flush=True)
-                cell.run(PlainReporter(30.0))
-            torch.set_num_threads(threads)  # a base that is trained or drawn with may have chosen fewer
-            if cell.is_drawn:
-                of_style.setdefault(cell.method.id, []).append(score_cell(panel, cell))
+            if (found := _finished(cell, panel, cell.method.title, options.report)) is not None:
+                of_style.setdefault(cell.method.id, []).append(found)
                 first.setdefault(cell.method.id, cell)
         if not first:
-            del scores[style]
             continue
-        of_style[REAL] = [score_real(panel, next(iter(first.values())).task)]
+        scores[style] = {**of_style, REAL: [score_real(panel, next(iter(first.values())).task)]}
         write_sheet(options.out, options.name, first)
         target = write_report(options.out, options.name, experiment, scores, panel.digest, failure)
     if not scores:
         raise ConfigError(f"nothing is drawn yet with these settings in {options.work}; leave out --report")
     print(f"\n{target.read_text(encoding='utf-8').split('## What')[0]}\n{target}")
     return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    given = {name: _experiment(options, more) for name, more in variants(options.vary).items()}
+    unchanged = given[UNCHANGED]
+    panel, failure = _panel(unchanged, options.despite_gates)
+    scores: dict[str, dict[str, list[Scores]]] = {}
+    for style in options.style:
+        tasks = [unchanged.task(style, subset) for subset in range(options.subsets)]
+        cells = {name: [Cell(one, task, METHODS["lora"]) for task in tasks] for name, one in given.items()}
+        cells |= {id: [Cell(unchanged, tasks[0], METHODS[id])] for id in NEEDED}
+        found = {n: [_finished(cell, panel, n, options.report) for cell in several] for n, several in cells.items()}
+        done = {name: [s for s in several if s is not None] for name, several in found.items()}
+        missing = [name for name, several in done.items() if len(several) < len(found[name])]
+        if missing:
+            raise ConfigError(f"{style}: not drawn yet: {', '.join(missing)}; leave out --report")
+        scores[style] = done
+    target = write_sweep(options.out, options.name, unchanged, scores, panel.digest, failure)
+    print(f"\n{target.read_text(encoding='utf-8')}\n{target}")
+    return 0
+
+
+def _finished(cell: Cell, panel: Panel, title: str, as_it_is: bool) -> Scores | None:
+    """Does what is not done yet of a cell, unless it shall stay as it is; returns its scores, or `None`."""
+    if not as_it_is:
+        print(f"== {cell.task.style.id}, subset {cell.task.subset}: {title}", flush=True)
+        threads = torch.get_num_threads()
+        cell.run(PlainReporter(30.0))
+        torch.set_num_threads(threads)  # a base that is trained or drawn with may have chosen fewer
+    return score_cell(panel, cell) if cell.is_drawn else None
 
 
 def _cells(experiment: Experiment, style: str, options: argparse.Namespace) -> Iterator[Cell]:
@@ -130,30 +153,29 @@ def _examine(judges: Judges, pictures: EmojiPictures, file: Path, despite_gates:
     return found["text"]
 
 
-def _experiment(options: argparse.Namespace) -> Experiment:
-    config = _config(options)
-    prompts, seeds = QUICK_SIZE if options.quick else FULL_SIZE
+def _experiment(options: argparse.Namespace, more: Sequence[str] = ()) -> Experiment:
+    config = _config(options, more)
     return Experiment(
         pictures=EmojiPictures(options.data),
         base=resolve_base(config.base.model),
         config=config,
         images=options.images,
         half=options.prompts,
-        num_prompts=prompts,
-        num_seeds=seeds,
+        num_prompts=options.num_prompts,
+        num_seeds=options.num_seeds,
         full=Tuning(options.full_steps, options.full_rates, FULL.batch_size),
         oracle=Tuning(options.oracle_steps, options.oracle_rates, ORACLE.batch_size),
         work=options.work,
     )
 
 
-def _config(options: argparse.Namespace) -> Config:
-    """Builds the LoRA's settings: sdlora's defaults, then file and `--set`, then what the bench needs.
+def _config(options: argparse.Namespace, more: Sequence[str]) -> Config:
+    """Builds the LoRA's settings: sdlora's defaults, then file, `--set` and `more`, then what the bench needs.
 
     Raises:
         ConfigError: if the settings are wrong, or say where pictures come from or files go to.
     """
-    config = load_config(options.config, {"base.model": options.base} if options.base else None, tuple(options.set))
+    config = load_config(options.config, {"base.model": options.base} if options.base else None, (*options.set, *more))
     placed = sorted({"images"} & config.data.model_fields_set | {"output", "name"} & config.output.model_fields_set)
     if placed:
         raise ConfigError(f"the bench decides about {', '.join(placed)}; leave it out of --config and --set")

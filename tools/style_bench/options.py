@@ -14,6 +14,8 @@ from tools.style_bench.references import FULL, ORACLE
 LEARNED = ("lora",)
 REFERENCES = ("base", "words", "full", "oracle")
 QUICK_REFERENCES = ("base", "words")
+QUICK_SIZE, FULL_SIZE = (24, 2), (100, 4)
+"""Prompts, and pictures of each: with `--quick`, and without."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -24,7 +26,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.style = list(HELD_OUT_STYLES if "all" in styles else dict.fromkeys(styles))
     options.subsets = options.subsets or (1 if quick else 3)
     options.prompts = options.prompts or ("tune" if quick else "final")
-    options.name = options.name or ("quick" if quick else "report")
+    options.name = options.name or ("sweep" if options.vary else "quick" if quick else "report")
+    prompts, seeds = QUICK_SIZE if quick else FULL_SIZE
+    options.num_prompts = options.num_prompts or prompts
+    options.num_seeds = options.num_seeds or seeds
     if options.references is None:
         options.references = QUICK_REFERENCES if quick else REFERENCES
     return options
@@ -50,6 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--full-rates", type=_rates, default=FULL.rates, help=f"its learning rates to try; default {_text(FULL.rates)}")
     add("--oracle-steps", type=_positive, default=ORACLE.steps, help=f"steps of the oracle; default {ORACLE.steps}")
     add("--oracle-rates", type=_rates, default=ORACLE.rates, help=f"its rates to try; default {_text(ORACLE.rates)}")
+    add("--num-prompts", type=_positive, metavar="P", help="prompts that are drawn; default 100, with --quick 24")
+    add("--num-seeds", type=_positive, metavar="S", help="pictures of each; default 4, with --quick 2")
+    vary = "compare LoRAs, each with one of these values and the rest unchanged; repeatable"
+    add("--vary", action="append", default=[], metavar="SECTION.KEY=VALUE,VALUE", help=vary)
     add("--report", action="store_true", help="learn and draw nothing: report what is finished with these settings")
     add("--despite-gates", action="store_true", help="report although the judges fail; the report then says so first")
     add("--work", type=Path, default=Path("runs/style-bench"), help="finished cells; default runs/style-bench")

@@ -44,17 +44,17 @@ def write_report(
     counts = {style: _counts(by_method) for style, by_method in scores.items()}
     spread = {style: subset_spread(by_method.get("lora", ())) for style, by_method in scores.items()}
     facts = {
-        "settings": {**_settings(experiment), "judges": judges, "judges_passed": not failure},
+        "settings": {**settings(experiment), "judges": judges, "judges_passed": not failure},
         "goals": [asdict(goal) | {"seen": _seen(goal, mean)} for goal in GOALS],
-        "mean": _plain(mean),
+        "mean": plain(mean),
         "styles": {
-            style: {**counts[style], "style_sd_over_subsets": spread[style], "methods": _plain(table)}
+            style: {**counts[style], "style_sd_over_subsets": spread[style], "methods": plain(table)}
             for style, table in tables.items()
         },
         "definitions": {measure.id: measure.meaning for measure in MEASURES},
     }
     write_json(folder / f"{name}.json", facts)
-    lines = ["# Style bench", "", *_warning(failure), _sentence(experiment), ""]
+    lines = ["# Style bench", "", *warning(failure), _sentence(experiment), ""]
     lines += ["## Goals", "", *_goal_lines(mean), ""]
     lines += [f"## Mean over {_count(len(tables), 'style')}: {', '.join(tables)}", "", *_table_lines(mean), ""]
     for style, table in tables.items():
@@ -97,7 +97,8 @@ def write_sheet(folder: Path, name: str, cells: Mapping[str, Cell]) -> Path:
     return target
 
 
-def _settings(experiment: Experiment) -> dict[str, Any]:
+def settings(experiment: Experiment) -> dict[str, Any]:
+    """Returns what a report must say about how it came about."""
     return {
         "base": experiment.base.name,
         "digest": experiment.digest,
@@ -115,7 +116,8 @@ def _counts(by_method: Mapping[str, Sequence[Scores]]) -> dict[str, int]:
     return {"prompts": longest, "subsets": max((len(several) for several in by_method.values()), default=0)}
 
 
-def _plain(table: Table) -> dict[str, dict[str, dict[str, float]]]:
+def plain(table: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Turns a table of numbers into what JSON can hold."""
     return {method: {name: asdict(number) for name, number in row.items()} for method, row in table.items()}
 
 
@@ -127,7 +129,8 @@ def _sentence(experiment: Experiment) -> str:
     )
 
 
-def _warning(failure: str) -> list[str]:
+def warning(failure: str) -> list[str]:
+    """Returns the lines that a report begins with if the judges failed; none if `failure` is empty."""
     if not failure:
         return []
     words = "**The judges failed their gates: what follows is a hint and no result.** They are right this often:"
@@ -142,7 +145,7 @@ def _goal_lines(mean: Table) -> list[str]:
         sign, number = "≥" if goal.at_least else "≤", mean.get("lora", {}).get(goal.measure)
         verdict = "not measured" if seen is None else "met" if goal.met_by(seen) else "missed"
         bar = _number(goal.bar, measure)
-        lines.append(f"| {measure.title} | {sign} {bar} | {_cell(number, measure)} | {verdict} |")
+        lines.append(f"| {measure.title} | {sign} {bar} | {number_cell(number, measure)} | {verdict} |")
     return lines
 
 
@@ -156,16 +159,17 @@ def _table_lines(table: Table) -> list[str]:
     heads = [f"{m.title}, {m.unit}" if m.unit else m.title for m in measures]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for method in [m for m in TITLES if m in table and m != REAL] + [m for m in (REAL,) if m in table]:
-        cells = [_cell(table[method].get(m.id), m) for m in measures]
+        cells = [number_cell(table[method].get(m.id), m) for m in measures]
         lines.append(f"| {TITLES[method]} | " + " | ".join(cells) + " |")
     return lines
 
 
-def _cell(number: Estimate | None, measure: Measure) -> str:
+def number_cell(number: Estimate | None, measure: Measure, interval: bool = True) -> str:
+    """Writes a number as it stands in a table, "–" if there is none."""
     if number is None:
         return "–"
     text = _number(number.value, measure)
-    if number.low == number.high:
+    if number.low == number.high or not interval:
         return text
     return f"{text} ({_number(number.low, measure)}–{_number(number.high, measure)})"
 
