@@ -170,6 +170,19 @@ def test_a_sweep_changes_one_setting_at_a_time(run, capsys):
     assert "not drawn yet: lora.rank=4, lora.dropout=0.5" in capsys.readouterr().err
 
 
+def test_strengths_share_what_was_learned(run, capsys):
+    assert run.go("--strengths", "0.5,2") == 0
+    report = json.loads((run.out / "sweep.json").read_text())["variants"]
+    assert list(report) == ["unchanged", "unchanged, strength 0.5", "unchanged, strength 2", "base", "own"]
+    drawn = {name: row["kernel"]["value"] for name, row in report.items() if name != "own"}
+    assert len(set(drawn.values())) == 4, "each strength draws other pictures"
+    assert len(list(run.work.glob("*-lora-*/learned.json"))) == 1
+    assert len(list(run.work.glob("*-lora-*/pictures.safetensors"))) == 3
+    with pytest.raises(SystemExit):
+        options.parse(["--data", ".", "--strengths", "0.5,1"])
+    assert "1 is always there" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("vary", "message"),
     [

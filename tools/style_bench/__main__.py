@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the bench; returns the exit code: 0, 2 for what the person can fix, 130 if stopped."""
     options = parse(arguments)
     try:
-        return _sweep(options) if options.vary else _run(options)
+        return _sweep(options) if options.vary or options.strengths else _run(options)
     except (SdloraError, ValueError, FileNotFoundError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
@@ -77,7 +77,13 @@ def _sweep(options: argparse.Namespace) -> int:
     scores: dict[str, dict[str, list[Scores]]] = {}
     for style in options.style:
         tasks = [unchanged.task(style, subset) for subset in range(options.subsets)]
-        cells = {name: [Cell(one, task, METHODS["lora"]) for task in tasks] for name, one in given.items()}
+        cells = {
+            name if strength == 1 else f"{name}, strength {strength:g}": [
+                Cell(one, task, METHODS["lora"], strength) for task in tasks
+            ]
+            for name, one in given.items()
+            for strength in (1.0, *options.strengths)
+        }
         cells |= {id: [Cell(unchanged, tasks[0], METHODS[id])] for id in NEEDED}
         found = {n: [_finished(cell, panel, n, options.report) for cell in several] for n, several in cells.items()}
         done = {name: [s for s in several if s is not None] for name, several in found.items()}

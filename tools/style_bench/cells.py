@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,13 @@ class Cell:
         experiment: the settings.
         task: style, subset, prompts.
         method: what is done.
+        strength: at which a LoRA is used; all cells that differ in nothing else share one LoRA.
     """
 
     experiment: Experiment
     task: Task
     method: Method
+    strength: float = 1.0
 
     @cached_property
     def texts(self) -> list[str]:
@@ -68,6 +70,7 @@ class Cell:
             _names(task.validation) if self.measures_loss else [],
             task.style.id if self.measures_loss else "",
             self.method.facts(self.experiment),
+            *([] if self.strength == 1 else [self.strength]),
         )
 
     @property
@@ -75,6 +78,11 @@ class Cell:
         """Where the cell's files lie."""
         subset = f"-{self.task.subset}" if self.method.per_subset else ""
         return self.experiment.work / f"{self.task.style.id}{subset}-{self.method.id}-{self.key[:12]}"
+
+    @property
+    def _school(self) -> Path:
+        """Where what was learned lies."""
+        return replace(self, strength=1.0).folder
 
     @property
     def is_drawn(self) -> bool:
@@ -96,18 +104,19 @@ class Cell:
 
     def facts(self) -> dict[str, Any]:
         """Returns what the method noted while it learned; empty if it learns nothing."""
-        file = self.folder / "learned.json"
+        file = self._school / "learned.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def run(self, reporter: Reporter) -> None:
         """Learns and draws, unless that is done already; each of the two is kept on its own."""
         if self.is_drawn:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        for folder in (self.folder, self._school):
+            folder.mkdir(parents=True, exist_ok=True)
         if self.method.learn and not self.facts():
-            facts = self.method.learn(self.experiment, self.task, self.folder, reporter)
-            write_json(self.folder / "learned.json", facts)
-        parts = load(self.experiment, self.folder)
+            facts = self.method.learn(self.experiment, self.task, self._school, reporter)
+            write_json(self._school / "learned.json", facts)
+        parts = load(self.experiment, self._school, self.strength)
         tensors = self._draw(parts, reporter)
         if self.measures_loss:
             validation = open_validation(self.experiment, self.task, parts)

@@ -60,15 +60,15 @@ class Method:
     per_subset: bool = False
 
 
-def load(experiment: Experiment, folder: Path | None = None) -> Parts:
-    """Loads the base in fp32, with what a method has left in `folder`."""
+def load(experiment: Experiment, folder: Path | None = None, strength: float = 1.0) -> Parts:
+    """Loads the base in fp32, with what a method has left in `folder`, a LoRA at the given strength."""
     parts = load_parts(experiment.base, prediction=experiment.config.base.prediction)
     parts = parts.to(choose_device(), torch.float32)
     choose_threads(parts, experiment.config.train.threads)
     for component in parts.components.values():
         component.requires_grad_(False).eval()
     if folder and (folder / LORA_FILE).is_file():
-        attach(parts, read_lora(folder / LORA_FILE))
+        attach(parts, read_lora(folder / LORA_FILE), strength)
     if folder and (folder / DENOISER_FILE).is_file():
         parts.denoiser.load_state_dict(load_file(folder / DENOISER_FILE))
     return parts

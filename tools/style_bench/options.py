@@ -26,7 +26,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.style = list(HELD_OUT_STYLES if "all" in styles else dict.fromkeys(styles))
     options.subsets = options.subsets or (1 if quick else 3)
     options.prompts = options.prompts or ("tune" if quick else "final")
-    options.name = options.name or ("sweep" if options.vary else "quick" if quick else "report")
+    options.name = options.name or ("sweep" if options.vary or options.strengths else "quick" if quick else "report")
     prompts, seeds = QUICK_SIZE if quick else FULL_SIZE
     options.num_prompts = options.num_prompts or prompts
     options.num_seeds = options.num_seeds or seeds
@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-seeds", type=_positive, metavar="S", help="pictures of each; default 4, with --quick 2")
     vary = "compare LoRAs, each with one of these values and the rest unchanged; repeatable"
     add("--vary", action="append", default=[], metavar="SECTION.KEY=VALUE,VALUE", help=vary)
+    add("--strengths", type=_strengths, default=(), help="compare the LoRAs at these strengths too, e.g. 0.6,0.8,1.2")
     add("--report", action="store_true", help="learn and draw nothing: report what is finished with these settings")
     add("--despite-gates", action="store_true", help="report although the judges fail; the report then says so first")
     add("--work", type=Path, default=Path("runs/style-bench"), help="finished cells; default runs/style-bench")
@@ -87,6 +88,13 @@ def _rates(text: str) -> tuple[float, ...]:
     if not all(0 < rate < 1 for rate in rates):
         raise argparse.ArgumentTypeError(f"learning rates lie between 0 and 1, got {text}")
     return rates
+
+
+def _strengths(text: str) -> tuple[float, ...]:
+    strengths = tuple(float(part) for part in text.split(","))
+    if not all(0 < strength <= 4 and strength != 1 for strength in strengths):
+        raise argparse.ArgumentTypeError(f"strengths lie above 0, at most 4, and 1 is always there; got {text}")
+    return strengths
 
 
 def _text(rates: Sequence[float]) -> str:
