@@ -156,12 +156,17 @@ def _seen(goal: Goal, mean: Table) -> float | None:
 
 def _table_lines(table: Table) -> list[str]:
     measures = [m for m in MEASURES if any(m.id in row for row in table.values())]
-    heads = [f"{m.title}, {m.unit}" if m.unit else m.title for m in measures]
+    heads = [head(measure) for measure in measures]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for method in [m for m in TITLES if m in table and m != REAL] + [m for m in (REAL,) if m in table]:
         cells = [number_cell(table[method].get(m.id), m) for m in measures]
         lines.append(f"| {TITLES[method]} | " + " | ".join(cells) + " |")
     return lines
+
+
+def head(measure: Measure) -> str:
+    """Writes what stands above a column."""
+    return f"{measure.title}, {measure.unit}" if measure.unit else measure.title
 
 
 def number_cell(number: Estimate | None, measure: Measure, interval: bool = True) -> str:

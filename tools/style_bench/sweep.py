@@ -12,7 +12,7 @@ from sdlora.errors import ConfigError
 from tools.style_bench.bootstrap import Estimate, estimate
 from tools.style_bench.experiment import Experiment, write_json
 from tools.style_bench.measure import Scores
-from tools.style_bench.report import number_cell, plain, settings, warning
+from tools.style_bench.report import TITLES, head, number_cell, plain, settings, warning
 from tools.style_bench.summary import MEASURES, Means, summarise
 
 UNCHANGED = "unchanged"
@@ -59,7 +59,7 @@ def differences(scores: VariantScores, column: str) -> dict[str, Estimate]:
     means = [Means(by_variant, key) for key, by_variant in enumerate(scores.values())]
     names = next(iter(scores.values()))
     found = {}
-    for name in [name for name in names if name not in ("base", "own", UNCHANGED)]:
+    for name in [name for name in names if name not in TITLES and name != UNCHANGED]:
         found[name] = estimate(np.mean([of(name, column) - of(UNCHANGED, column) for of in means], axis=0))
     return found
 
@@ -102,14 +102,10 @@ def _sentence(experiment: Experiment, scores: VariantScores) -> str:
 def _table(mean: Mapping[str, Mapping[str, Estimate]], changes: Mapping[str, Mapping[str, Estimate]]) -> list[str]:
     measures = {measure.id: measure for measure in MEASURES}
     shown = [measures[id] for id in SHOWN if any(id in row for row in mean.values())]
-    heads = [f"{m.title}, {m.unit}" if m.unit else m.title for m in shown]
-    heads += [f"Δ {measures[column].title}" for column in COMPARED]
+    heads = [*map(head, shown), *(f"Δ {measures[column].title}" for column in COMPARED)]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name in [*[name for name in mean if name != "own"], "own"]:
         cells = [number_cell(mean[name].get(m.id), m, interval=False) for m in shown]
         cells += [number_cell(changes[column].get(name), measures[column]) for column in COMPARED]
-        lines.append(f"| {_TITLES.get(name, name)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {TITLES.get(name, name)} | " + " | ".join(cells) + " |")
     return lines
-
-
-_TITLES = {"base": "base alone", "own": "base, own styles"}
