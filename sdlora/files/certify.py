@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from sdlora.adapters import Lora
+from sdlora.container import open_container
 from sdlora.diffusion.noise import generator
 from sdlora.errors import LoraFileError
 from sdlora.families import FAMILIES, Family, Parts
-from sdlora.files.container import open_container
 from sdlora.files.formats import ALPHA, DOWN, UP
 from sdlora.files.kohya import DTYPE_WORDS, LoraFile, ModuleWeights, module_names, read_lora, update_norm
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from sdlora.adapters import Lora
 from sdlora.atomic import write_bytes
+from sdlora.container import Container, legacy_hash, model_hash, open_container, serialize
 from sdlora.errors import LoraFileError
-from sdlora.files.container import Container, legacy_hash, model_hash, open_container, serialize
 from sdlora.files.formats import ALPHA, DOWN, UP, require_kohya
 
 if TYPE_CHECKING:
@@ -191,28 +191,26 @@ def module_names(adapters: Mapping[str, Mapping[str, Lora]], family: Family) -> 
     return named
 
 
-def adapter_tensors(
-    adapters: Mapping[str, Mapping[str, Lora]], family: Family, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Returns the tensors of a LoRA file: down, up and alpha of every adapter, on the CPU.
+def adapter_modules(adapters: Mapping[str, Mapping[str, Lora]], family: Family) -> dict[str, ModuleWeights]:
+    """Returns the values of adapters, given by component and path, by their module names in a file."""
+    named = module_names(adapters, family)
+    return {n: ModuleWeights(a.down.detach().cpu(), a.up.detach().cpu(), a.alpha) for n, a in named.items()}
+
+
+def module_tensors(modules: Mapping[str, ModuleWeights], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns the tensors of a LoRA file: down, up and alpha of every module.
 
     Args:
-        adapters: component -> path -> adapter.
-        family: names the modules.
+        modules: weights by module name.
         dtype: number format of the file, alpha included.
 
     Raises:
-        LoraFileError: if names collide, or a value is not finite before or after rounding to `dtype`.
+        LoraFileError: if a value is not finite before or after rounding to `dtype`.
     """
     tensors = {}
-    for name, adapter in module_names(adapters, family).items():
-        exact = {
-            name + DOWN: adapter.down.detach(),
-            name + UP: adapter.up.detach(),
-            name + ALPHA: torch.tensor(adapter.alpha),
-        }
-        for key, value in exact.items():
-            tensors[key] = _cast(key, value.to("cpu"), dtype)
+    for name, weights in modules.items():
+        exact = {name + DOWN: weights.down, name + UP: weights.up, name + ALPHA: torch.tensor(weights.alpha)}
+        tensors |= {key: _cast(key, value, dtype) for key, value in exact.items()}
     return tensors
 
 
@@ -255,7 +253,21 @@ def write_lora(
         LoraFileError: if names collide or a value does not fit into `dtype`.
         TrainingError: if the disk is full or the folder cannot be written.
     """
-    tensors = adapter_tensors(adapters, family, dtype)
+    return write_modules(path, adapter_modules(adapters, family), metadata, dtype)
+
+
+def write_modules(
+    path: Path, modules: Mapping[str, ModuleWeights], metadata: Mapping[str, str], dtype: torch.dtype
+) -> str:
+    """Writes modules as a LoRA file; see `write_lora`.
+
+    Args:
+        path: the file; replaced if it exists.
+        modules: weights by module name, on the CPU.
+        metadata: texts; the two `sshs_` hashes are added, or replaced.
+        dtype: torch.float16, torch.bfloat16 or torch.float32.
+    """
+    tensors = module_tensors(modules, dtype)
     # kohya hashes a file that carries the ss_ keys only; the legacy hash depends on that header's length.
     hashed = serialize(tensors, {key: text for key, text in metadata.items() if key.startswith("ss_")})
     hashes = {"sshs_model_hash": model_hash(hashed), "sshs_legacy_hash": legacy_hash(hashed)}

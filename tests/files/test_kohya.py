@@ -13,7 +13,7 @@ from torch import nn
 from sdlora.adapters import Lora
 from sdlora.diffusion.noise import generator
 from sdlora.errors import LoraFileError
-from sdlora.files.kohya import adapter_tensors, module_names, read_lora, update_norm, write_lora
+from sdlora.files.kohya import adapter_modules, module_names, module_tensors, read_lora, update_norm, write_lora
 
 MODULE = "lora_unet_mid_block_attentions_0_proj_in"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -62,7 +62,7 @@ def test_equal_input_gives_equal_bytes(tmp_path, tiny_parts, adapt):
 
 def test_every_module_is_three_tensors_of_one_dtype_and_nothing_else(tiny_parts, adapt):
     adapters = adapt(tiny_parts)
-    written = adapter_tensors(adapters, tiny_parts.family, torch.float16)
+    written = module_tensors(adapter_modules(adapters, tiny_parts.family), torch.float16)
     assert len(written) == 3 * (278 + 18)
     assert {t.dtype for t in written.values()} == {torch.float16}
     assert all(t.shape == () for key, t in written.items() if key.endswith(".alpha"))
@@ -122,7 +122,7 @@ def test_what_overflows_in_fp16_is_refused_and_fits_into_bf16(tmp_path, tiny_par
 def test_an_alpha_that_would_vanish_is_refused(tiny_parts):
     adapters = {"denoiser": {"layer": one(alpha=1e-9)}}
     with pytest.raises(LoraFileError, match=r"layer\.alpha as fp16"):
-        adapter_tensors(adapters, tiny_parts.family, torch.float16)
+        module_tensors(adapter_modules(adapters, tiny_parts.family), torch.float16)
 
 
 def test_two_layers_of_one_name_are_refused(tiny_parts):

@@ -9,8 +9,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from sdlora.errors import LoraFileError
-from sdlora.files.container import MAX_HEADER, legacy_hash, model_hash, open_container, serialize
+from sdlora.container import DTYPES, MAX_HEADER, legacy_hash, model_hash, open_container, serialize, write_stream
+from sdlora.errors import LoraFileError, ModelError
 from sdlora.files.kohya import read_lora
 
 TENSORS = {
@@ -54,6 +54,23 @@ def test_the_header_is_as_long_as_the_librarys():
     # the legacy hash depends on it
     metadata = {"ss_a": 'ü "x"\\ \x07\n\t\x7f', "ss_b": "{}"}
     assert len(whole(metadata)) == len(safetensors.torch.save(TENSORS, metadata))
+
+
+def test_a_streamed_file_is_the_same_bytes_and_its_tensors_are_read_alone(tmp_path):
+    tensors = {f"{word} {i}": torch.arange(3 * i).to(dtype) for word, dtype in DTYPES.items() for i in (0, 1, 2)}
+    path = tmp_path / "a.safetensors"
+    write_stream(path, {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()}, {"a": "b"}, tensors.__getitem__)
+    assert path.read_bytes() == serialize(tensors, {"a": "b"})
+    container = open_container(path)
+    for key, tensor in tensors.items():
+        assert torch.equal(container.read(key).view(torch.uint8), tensor.view(torch.uint8))
+    with pytest.raises(ValueError, match="was announced"):
+        write_stream(path, {"a": (torch.float32, (1,))}, {}, lambda key: torch.ones(2))
+
+
+def test_the_kind_of_error_is_the_callers(tmp_path):
+    with pytest.raises(ModelError, match=r"no checkpoint .*missing"):
+        open_container(tmp_path / "missing", "checkpoint", ModelError)
 
 
 def test_the_model_hash_does_not_see_metadata():
@@ -105,7 +122,7 @@ def test_a_changed_byte_in_the_header_never_gives_another_error(tmp_path):
         (framed({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 5]}}, b"12345"), "nothing sensible of 'a'"),
         (framed({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}), "nothing sensible of 'a'"),
         (framed({"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, b"1234"), "nothing sensible of 'a'"),
-        (framed({"a": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}, b"1"), "is stored as 'F8_E4M3'"),
+        (framed({"a": {"dtype": "F4", "shape": [1], "data_offsets": [0, 1]}}, b"1"), "is stored as 'F4'"),
         (framed({"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}, b"123"), "1 bytes behind the last"),
         (framed({"a": {"dtype": "U8", "shape": [2], "data_offsets": [1, 3]}}, b"123"), "does not begin where"),
         (framed({}), "no tensors at all"),

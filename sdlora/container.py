@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -18,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sdlora.errors import LoraFileError
+from sdlora.errors import LoraFileError, SdloraError
 
 MAX_HEADER = 16 * 1024 * 1024
 """Longest header in bytes that is read; those of real LoRA files are below 1 MB."""
@@ -28,6 +29,8 @@ DTYPES: dict[str, torch.dtype] = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -37,10 +40,13 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """The container's number formats that are read."""
 
+_LAYOUT = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
+"""The order in which the library lays tensors out, those of one format by name."""
+
 _IMPOSTORS = (  # what a file that is called .safetensors often is instead: first bytes, what it is, what to do
     (b"version https://git-lfs", "is a git-lfs pointer, not the file itself", "run `git lfs pull`, or download it"),
-    (b"<!doctype html", "is a web page, not a LoRA", "the download went wrong; a login may be needed"),
-    (b"<html", "is a web page, not a LoRA", "the download went wrong; a login may be needed"),
+    (b"<!doctype html", "is a web page, not a model", "the download went wrong; a login may be needed"),
+    (b"<html", "is a web page, not a model", "the download went wrong; a login may be needed"),
     (b"pk\x03\x04", "is a pickle or zip archive (.pt, .ckpt)", "such files can run code, so they are never opened"),
     (b"gguf", "is a GGUF file", "only safetensors are read"),
 )
@@ -65,51 +71,76 @@ class Container:
         entries: what it holds, by key.
         metadata: the header's flat map of texts.
         header_bytes: length of the JSON header.
+        error: what is raised when the file turns out to be bad.
     """
 
     path: Path
     entries: dict[str, Entry]
     metadata: dict[str, str]
     header_bytes: int
+    error: type[SdloraError] = LoraFileError
 
     def data(self) -> bytes:
         """Reads everything behind the header.
 
         Raises:
-            LoraFileError: if the file cannot be read, or was changed meanwhile.
+            SdloraError: of the kind `error`, if the file cannot be read, or was changed meanwhile.
         """
+        return self._read(0, max((e.end for e in self.entries.values()), default=0))
+
+    def read(self, key: str) -> Tensor:
+        """Reads one tensor and nothing else of the file.
+
+        Raises:
+            SdloraError: of the kind `error`, if the file cannot be read, or was changed meanwhile.
+        """
+        entry = self.entries[key]
+        return _tensor(entry, bytearray(self._read(entry.start, entry.end)))
+
+    def _read(self, start: int, end: int) -> bytes:
         try:
             with self.path.open("rb") as file:
-                file.seek(8 + self.header_bytes)
-                data = file.read()
+                file.seek(8 + self.header_bytes + start)
+                data = file.read(end - start)
         except OSError as error:
-            raise LoraFileError(f"cannot read {self.path}: {error.strerror or error}") from error
-        if len(data) != max((e.end for e in self.entries.values()), default=0):
-            raise LoraFileError(f"{self.path} was changed while it was read; try again")
+            raise self.error(f"cannot read {self.path}: {error.strerror or error}") from error
+        if len(data) != end - start:
+            raise self.error(f"{self.path} was changed while it was read; try again")
         return data
 
     def tensors(self, data: bytes) -> dict[str, Tensor]:
         """Cuts the bytes that `data` returned into tensors, each a copy of its own."""
-        found = {}
-        for key, entry in self.entries.items():
-            if entry.start == entry.end:
-                found[key] = torch.empty(entry.shape, dtype=entry.dtype)
-                continue
-            piece = bytearray(data[entry.start : entry.end])
-            found[key] = torch.frombuffer(piece, dtype=entry.dtype).reshape(entry.shape)
-        return found
+        return {key: _tensor(e, bytearray(data[e.start : e.end])) for key, e in self.entries.items()}
 
 
-def open_container(path: Path) -> Container:
+def _tensor(entry: Entry, piece: bytearray) -> Tensor:
+    if not piece:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    return torch.frombuffer(piece, dtype=entry.dtype).reshape(entry.shape)
+
+
+def open_container(path: Path, what: str = "LoRA file", error: type[SdloraError] = LoraFileError) -> Container:
     """Reads and checks a header; touches no tensor.
 
+    Args:
+        path: the file.
+        what: it should be, for the message that there is none.
+        error: the kind of error to raise.
+
     Raises:
-        LoraFileError: if there is no such file, or it is not a whole, well-formed safetensors file.
+        SdloraError: of the kind `error`, if there is no such file, or it is no whole, well-formed safetensors file.
     """
+    try:
+        return _open(path, what)
+    except LoraFileError as problem:
+        raise error(str(problem)) from problem.__cause__
+
+
+def _open(path: Path, what: str) -> Container:
     if path.is_dir():
         raise LoraFileError(f"{path} is a folder; give the .safetensors file in it")
     if not path.is_file():
-        raise LoraFileError(f"no LoRA file {path}; check the path")
+        raise LoraFileError(f"no {what} {path}; check the path")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -232,3 +263,42 @@ def legacy_hash(content: bytes) -> str:
     Source: sd-scripts' `addnet_hash_legacy`.
     """
     return hashlib.sha256(memoryview(content)[0x100000:0x110000]).hexdigest()[:8]
+
+
+def write_stream(
+    path: Path,
+    shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    tensor: Callable[[str], Tensor],
+) -> None:
+    """Writes a file tensor by tensor, so that no more than one of them need be in memory.
+
+    The layout is `serialize`'s: equal tensors and metadata give equal bytes.
+
+    Args:
+        path: the file; write it under a temporary name, see `sdlora.atomic.replacing`.
+        shapes: number format and shape by key.
+        metadata: texts by key.
+        tensor: asked once for each key, in the order of the file; returns it in that format and shape, on the CPU.
+
+    Raises:
+        ValueError: if a tensor has another format or shape than was announced.
+    """
+    words = {dtype: word for word, dtype in DTYPES.items()}
+    order = sorted(shapes, key=lambda key: (_LAYOUT.index(words[shapes[key][0]]), key))
+    table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    position = 0
+    for key in order:
+        dtype, shape = shapes[key]
+        size = math.prod(shape) * dtype.itemsize
+        table[key] = {"dtype": words[dtype], "shape": list(shape), "data_offsets": [position, position + size]}
+        position += size
+    header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for key in order:
+            value = tensor(key)
+            if (value.dtype, tuple(value.shape)) != shapes[key]:
+                raise ValueError(f"{key} was announced as {shapes[key]} and is {value.dtype}, {tuple(value.shape)}")
+            file.write(value.contiguous().view(-1).view(torch.uint8).numpy().data)
