@@ -41,12 +41,35 @@ class BaseSection(Section):
 
     model: str = setting(
         "auto",
-        "the base model: auto, nano, sd15, a diffusers folder or a hub id",
+        "the base model: auto, nano, sd15, sdxl, a .safetensors file, a diffusers folder or a hub id",
         flag="--base",
         common=True,
     )
+    revision: str | None = setting(None, "branch, tag or commit of a base on the hub; default: its main branch")
+    family: Literal["auto", "sd1", "sd2", "sdxl"] = setting(
+        "auto", "what the base must be; auto reads it from the checkpoint, anything else is only checked against it"
+    )
+    vae: str | None = setting(
+        None, "VAE to use instead of the base's: a .safetensors file, a diffusers folder, or taesd (small and fast)"
+    )
+    text_encoders: str | None = setting(
+        None, "text encoders to use instead of the base's: a diffusers folder, or a single file that holds them"
+    )
+    allow_pickle: bool = setting(
+        False, "convert a .ckpt base first; it is read without running its code, yet only use it for files you trust"
+    )
     prediction: Literal["auto", "epsilon", "v_prediction"] = setting(
-        "auto", "what the denoiser predicts; auto reads it from the checkpoint's scheduler"
+        "auto", "what the denoiser predicts; auto reads it from the checkpoint"
+    )
+    zero_snr: Literal["auto", "on", "off"] = setting(
+        "auto", "whether the last timestep is pure noise (zero terminal SNR); auto reads it from the checkpoint"
+    )
+    max_tokens: int = setting(
+        75,
+        "tokens of a caption that are read, in pieces of 75: 75, 150, 225; more costs time at every step",
+        ge=75,
+        le=750,
+        multiple_of=75,
     )
     clip_skip: int = setting(
         1, "text encoder layer to use, counted from the end; 2 is usual for anime models", ge=1, le=12
@@ -106,7 +129,14 @@ class LoraSection(Section):
     )
     conv_alpha: float | None = setting(None, "alpha in k x k convolutions; default: conv_rank", gt=0, le=4096)
     dropout: float = setting(0.0, "share of a layer's inputs hidden from the update while training", ge=0, lt=1)
-    text_encoder: bool = setting(False, "also train the text encoder; faster at first, forgets words sooner")
+    text_encoder: bool = setting(
+        False,
+        "also train the text encoders; faster at first, forgets words sooner",
+        flag="--train-text-encoder",
+    )
+    text_encoder_stop: float = setting(
+        1.0, "share of the steps after which the text encoders stop learning; less keeps more words", gt=0, le=1
+    )
 
 
 class TrainSection(Section):

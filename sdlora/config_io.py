@@ -117,6 +117,7 @@ _PHRASES = {
     "greater_than": "must be above {gt}",
     "less_than_equal": "must be at most {le}",
     "less_than": "must be below {lt}",
+    "multiple_of": "must be a multiple of {multiple_of}",
     "literal_error": "must be {expected}",
     "finite_number": "must be a finite number",
 }
@@ -169,6 +170,8 @@ def _contradictions(config: Config) -> list[str]:
         problems.append("data.keep_tags has no effect unless data.shuffle_tags is on")
     if config.optimizer.text_encoder_learning_rate and not config.lora.text_encoder:
         problems.append("optimizer.text_encoder_learning_rate has no effect unless lora.text_encoder is on")
+    if config.lora.text_encoder_stop != 1 and not config.lora.text_encoder:
+        problems.append("lora.text_encoder_stop has no effect unless lora.text_encoder is on")
     name = config.output.name
     if name is not None and (not name.strip() or any(c in name for c in '/\\:*?"<>|{') or name.startswith(".")):
         problems.append(f"output.name must be a plain file name without an ending, got {name!r}")

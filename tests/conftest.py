@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import pytest
 import torch
+from families.tiny import make_tiny
 from PIL import Image
 
 from sdlora.families import Base, Parts, load_parts
@@ -78,6 +79,24 @@ def tiny_base(tmp_path_factory) -> Path:
     index["vae"] = ["diffusers", "AutoencoderKL"]
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd1(tmp_path_factory) -> Path:
+    """A diffusers folder of Stable Diffusion 1.x with random weights."""
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "sd1", "sd1")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2(tmp_path_factory) -> Path:
+    """The same of Stable Diffusion 2.x."""
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "sd2", "sd2")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory) -> Path:
+    """The same of Stable Diffusion XL."""
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "sdxl", "sdxl")
 
 
 @pytest.fixture

@@ -38,7 +38,13 @@ class _Used:
 @click.option(
     "--lora", "loras", multiple=True, metavar="FILE[:STRENGTH]", help="LoRA file, repeatable. None: the base alone."
 )
-@click.option("--base", help="auto, nano, sd15, a diffusers folder or a hub id. Default: what the LoRA was trained on.")
+@click.option(
+    "--base",
+    help="auto, nano, sd15, sdxl, a .safetensors file, a diffusers folder or a hub id. Default: what the LoRA was "
+    "trained on.",
+)
+@click.option("--vae", help="VAE to use instead of the base's: a file, a folder, or taesd (small and fast).")
+@click.option("--text-encoders", help="Text encoders to use instead of the base's: a folder, or a file with them.")
 @click.option(
     "--prompts", "file", type=click.Path(path_type=Path), help="File of prompts, one a line; kohya's options."
 )
@@ -100,6 +106,8 @@ def command(
     prompts: tuple[str, ...],
     loras: tuple[str, ...],
     base: str | None,
+    vae: str | None,
+    text_encoders: str | None,
     file: Path | None,
     negative: str,
     width: int | None,
@@ -135,12 +143,12 @@ def command(
     defaults = Prompt("", negative, width, height, _first_seed(seed), cfg, steps, sampler_name(sampler))
     used = _read_loras(loras)
     chosen = _choose_base(base, [u.file for u in used])
-    parts = _load(chosen, used, precision)
+    parts = _load(chosen, used, precision, {"vae": vae, "text_encoders": text_encoders})
     width, height = _size(parts, width, height)
     wanted = [resolve(p, replace(defaults, width=width, height=height)) for p in asked]
     wanted = [replace(p, seed=((p.seed or 0) + i) % _SEEDS) for p in wanted for i in range(count)]
     skip = _clip_skip(clip_skip, used)
-    _print_notes(parts, asked, wanted, used)
+    _print_notes(asked, used)
     pictures = _draw_and_save(parts, wanted, used, skip, batch_size, output)
     if len(pictures) > 1:
         path = _save_grid(pictures, wanted, count, output)
@@ -199,21 +207,23 @@ def _choose_base(wanted: str | None, loras: Sequence[LoraFile]) -> Base:
     return base
 
 
-def _load(base: Base, used: Sequence[_Used], precision: str) -> Parts:
+def _load(base: Base, used: Sequence[_Used], precision: str, replaced: dict[str, str | None]) -> Parts:
     from sdlora.families import load_parts
     from sdlora.files.attach import attach
     from sdlora.files.webui import printable
-    from sdlora.sampling.origin import trained_prediction
+    from sdlora.sampling.origin import trained_schedule
     from sdlora.training.device import choose_threads
     from sdlora.training.precision import choose_device, choose_precision, inference_dtype
 
     device = choose_device()
     dtype = inference_dtype(device) if precision == "auto" else choose_precision(precision, device).dtype
-    predictions = [trained_prediction(u.file) for u in used]
-    prediction = next((p for p in predictions if p != "auto"), "auto")
-    if prediction != "auto":
-        click.echo(f"Prediction: {prediction} (training was told so)")
-    parts = load_parts(base, prediction=prediction).to(device, dtype)
+    forced: dict[str, str] = next((found for u in used if (found := trained_schedule(u.file))), {})
+    for setting, value in forced.items():
+        click.echo(f"{setting.replace('_', ' ').capitalize()}: {value} (training was told so)")
+    parts = load_parts(base, **replaced, **forced)
+    for note in parts.notes:
+        click.echo(f"Note: {printable(note)}")
+    parts.to(device, dtype)
     choose_threads(parts)
     for u in used:
         attach(parts, u.file, u.strength)
@@ -238,12 +248,11 @@ def _clip_skip(wanted: int | None, used: Sequence[_Used]) -> int:
     return skip
 
 
-def _print_notes(parts: Parts, asked: Sequence[Prompt], wanted: Sequence[Prompt], used: Sequence[_Used]) -> None:
+def _print_notes(asked: Sequence[Prompt], used: Sequence[_Used]) -> None:
     from sdlora.files.sidecars import activation_text
     from sdlora.files.webui import printable
-    from sdlora.sampling.pipeline import overlong
 
-    for note in dict.fromkeys([*(n for p in asked for n in p.notes), *overlong(parts, wanted)]):
+    for note in dict.fromkeys(n for p in asked for n in p.notes):
         click.echo(f"Note: {note}")
     for u in used:
         word = activation_text(u.file)

@@ -25,7 +25,7 @@ from sdlora.data.image import decode, pixels, read_bytes, resize_crop
 from sdlora.data.tree import printable, shortened
 from sdlora.diffusion.noise import generator
 from sdlora.errors import DatasetError
-from sdlora.families import Parts
+from sdlora.families import Parts, PictureSize
 
 _VERSION = 1  # raise it when the same picture is to be decoded, resized or encoded differently
 
@@ -51,11 +51,13 @@ class Batch:
         mean: centre of the VAE's distribution, (B, C, h, w), fp32, CPU.
         std: its deviation, the same shape, or `None` where the VAE is deterministic.
         examples: the pictures, B of them.
+        sizes: how each came to its size.
     """
 
     mean: Tensor
     std: Tensor | None
     examples: list[Example]
+    sizes: list[PictureSize]
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Dataset:
     Attributes:
         examples: those that train.
         fits: their sizes.
+        variants: per example: the ways in which it is cut out.
         latents: per example and variant: `mean` and, unless the VAE is deterministic, `std`, each (C, h, w).
         seed: decides the order.
         notes: what the user should know, a sentence each.
@@ -83,6 +86,7 @@ class Dataset:
 
     examples: list[Example]
     fits: list[Fit]
+    variants: list[list[Variant]]
     latents: list[list[dict[str, Tensor]]]
     seed: int
     notes: list[str] = field(default_factory=list)
@@ -145,7 +149,15 @@ class Dataset:
         chosen = [self.latents[sample.example][sample.variant] for sample in batch]
         std = torch.stack([latents["std"] for latents in chosen]) if "std" in chosen[0] else None
         mean = torch.stack([latents["mean"] for latents in chosen])
-        return Batch(mean, std, [self.examples[sample.example] for sample in batch])
+        sizes = [self._size(sample) for sample in batch]
+        return Batch(mean, std, [self.examples[sample.example] for sample in batch], sizes)
+
+    def _size(self, sample: Sample) -> PictureSize:
+        example, fitted = self.examples[sample.example], self.fits[sample.example]
+        variant = self.variants[sample.example][sample.variant]
+        # Mirrored, what was cut off at the right is missing at the left.
+        left = fitted.scaled_width - fitted.width - variant.left if variant.flip else variant.left
+        return PictureSize((example.height, example.width), (variant.top, left), (fitted.height, fitted.width))
 
 
 def prepare(
@@ -170,14 +182,15 @@ def prepare(
         DatasetError: if a picture has changed since the scan, its latents are not finite, or all are too small.
     """
     examples, fits, notes = _fitting(scan.examples, config, config.resolution or parts.resolution)
-    dataset = Dataset(examples, fits, [], seed, notes)
+    cuts = [variants(example, fitted, config, seed) for example, fitted in zip(examples, fits, strict=True)]
+    dataset = Dataset(examples, fits, cuts, [], seed, notes)
     total, skipped = len(scan.examples), len(scan.examples) - len(examples)
     told = on_progress or (lambda done, total: None)
     for done in range(1, skipped + 1):
         told(done, total)
     encoder = _Encoder(parts, scan.background, cache)
-    for done, (example, fitted) in enumerate(zip(examples, fits, strict=True), skipped + 1):
-        dataset.latents.append(encoder(example, fitted, variants(example, fitted, config, seed)))
+    for done, (example, fitted, cut) in enumerate(zip(examples, fits, cuts, strict=True), skipped + 1):
+        dataset.latents.append(encoder(example, fitted, cut))
         told(done, total)
     dataset.cached, dataset.encoded = encoder.cached, encoder.encoded
     if cache.problem:

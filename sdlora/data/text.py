@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sdlora.data.cache import Cache, fingerprint
 from sdlora.families import Conditioning, Parts
+from sdlora.families.text import unseen
 
 MEMORY_BYTES = 2**30
 """Memory for text states; beyond it those that were not used for longest are let go."""
@@ -32,6 +33,7 @@ class TextStates:
         parts: the base, its text encoders as they will stay; built before anything is injected into them.
         cache: the disk.
         clip_skip: layer to take, counted from the end.
+        num_chunks: pieces of 75 tokens that are read of every caption.
         fingerprint: of the text encoders and tokenizers, if it is known already.
 
     Attributes:
@@ -39,8 +41,10 @@ class TextStates:
         fingerprint: of the text encoders and tokenizers.
     """
 
-    def __init__(self, parts: Parts, cache: Cache, clip_skip: int, fingerprint: str | None = None) -> None:
-        self.parts, self.cache, self.clip_skip = parts, cache, clip_skip
+    def __init__(
+        self, parts: Parts, cache: Cache, clip_skip: int, num_chunks: int = 1, fingerprint: str | None = None
+    ) -> None:
+        self.parts, self.cache, self.clip_skip, self.num_chunks = parts, cache, clip_skip, num_chunks
         self.fingerprint = fingerprint or text_fingerprint(parts)
         self.encoded = 0
         self._memory: OrderedDict[str, Conditioning] = OrderedDict()
@@ -54,7 +58,7 @@ class TextStates:
 
     def truncated(self, captions: Sequence[str]) -> list[str]:
         """Returns those captions that are longer than a text encoder can read; their end has no effect."""
-        return [c for c in captions if any(_tokens(t, c) > t.model_max_length for t in self.parts.tokenizers.values())]
+        return [caption for caption in captions if unseen(self.parts, caption, self.num_chunks)]
 
     def _states(self, caption: str) -> Conditioning:
         key = self._key(caption)
@@ -77,7 +81,8 @@ class TextStates:
 
     def _key(self, caption: str) -> str:
         dtypes = sorted({str(next(e.parameters()).dtype) for e in self.parts.text_encoders.values()})
-        return Cache.key("text", _VERSION, self.parts.family.name, self.fingerprint, self.clip_skip, dtypes, caption)
+        facts = self.parts.family.name, self.fingerprint, self.clip_skip, self.num_chunks, dtypes
+        return Cache.key("text", _VERSION, facts, caption)
 
     def _encode(self, caption: str) -> Conditioning:
         encoders = self.parts.text_encoders.values()
@@ -86,7 +91,7 @@ class TextStates:
             encoder.eval()
         # Without autocast, so that the states are a function of the weights and not of who asks.
         with torch.no_grad(), torch.autocast(self.parts.device.type, enabled=False):
-            batch = self.parts.family.encode_prompts(self.parts, [caption], self.clip_skip)
+            batch = self.parts.family.encode_prompts(self.parts, [caption], self.clip_skip, num_chunks=self.num_chunks)
         for encoder in training:
             encoder.train()
         self.encoded += 1
@@ -113,10 +118,6 @@ def _vocabulary(tokenizer: Any) -> str:
 
 def _special(tokenizer: Any) -> dict[str, Any]:
     return dict(tokenizer.special_tokens_map)
-
-
-def _tokens(tokenizer: Any, caption: str) -> int:
-    return len(tokenizer(caption, truncation=False, verbose=False).input_ids)
 
 
 def _size(states: Conditioning) -> int:

@@ -1,6 +1,17 @@
 """Base models: what they are, how to find and load them. Never an `if family`: a family is data and functions."""
 
-from sdlora.families.family import Conditioning, Family, Parts
-from sdlora.families.loading import FAMILIES, Base, identify, load_parts, resolve_base
+from sdlora.families.family import Conditioning, Family, Parts, PictureSize
+from sdlora.families.loading import FAMILIES, Base, identify, load_parts, native_resolution, resolve_base
 
-__all__ = ["FAMILIES", "Base", "Conditioning", "Family", "Parts", "identify", "load_parts", "resolve_base"]
+__all__ = [
+    "FAMILIES",
+    "Base",
+    "Conditioning",
+    "Family",
+    "Parts",
+    "PictureSize",
+    "identify",
+    "load_parts",
+    "native_resolution",
+    "resolve_base",
+]

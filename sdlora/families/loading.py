@@ -9,19 +9,37 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from sdlora.config import BaseSection
+from sdlora.diffusion.schedule import Schedule
 from sdlora.errors import ModelError
 from sdlora.families import hub
+from sdlora.families.components import (
+    VAE_FACTOR,
+    Components,
+    folder_resolution,
+    identify_folder,
+    load_folder,
+)
 from sdlora.families.family import Family, Parts
-from sdlora.families.folders import read_json
+from sdlora.families.pickles import readable
+from sdlora.families.replacements import replace_text_encoders, replace_vae
 from sdlora.families.sd1 import SD1
+from sdlora.families.sd2 import SD2
+from sdlora.families.sdxl import SDXL
+from sdlora.families.single import file_resolution, identify_file, load_file
 
-FAMILIES: dict[str, Family] = {"sd1": SD1}
+FAMILIES: dict[str, Family] = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
 
 NANO = Path(__file__).parent.parent / "nano"
-ALIASES = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+_HIGHEST = 2  # an eos_token_id that makes transformers look for the highest token, as old configurations want
+ALIASES = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
 
 
 @dataclass(frozen=True)
@@ -29,47 +47,58 @@ class Base:
     """A base model on this machine.
 
     Attributes:
-        name: what the user calls it: an alias, a hub id, or a folder as it was written.
-        folder: where it lies.
+        name: what the user calls it: an alias, a hub id, or a path as it was written.
+        path: a diffusers folder, or a single file.
         reason: why it was chosen; one clause for the person at the terminal.
     """
 
     name: str
-    folder: Path
+    path: Path
     reason: str
 
 
-def resolve_base(model: str, announce: Callable[[str], None] = print) -> Base:
+def resolve_base(
+    model: str,
+    announce: Callable[[str], None] = print,
+    revision: str | None = None,
+    *,
+    allow_pickle: bool = False,
+    cache_dir: Path | None = None,
+) -> Base:
     """Finds a base model and, if it is remote and not in the hub cache, fetches it.
 
     Args:
-        model: `auto`, an alias, a diffusers folder or a hub id.
-        announce: told about a download, with its size, before it begins.
+        model: `auto`, an alias, a diffusers folder, a .safetensors file or a hub id.
+        announce: told about a download or a conversion, with its size, before it begins.
+        revision: branch, tag or commit on the hub.
+        allow_pickle: whether a pickled checkpoint is converted; otherwise it is refused.
+        cache_dir: the user's cache folder, where converted checkpoints are kept; needed with `allow_pickle`.
 
     Raises:
-        ModelError: if there is no such model, or the hub cannot be reached.
+        ModelError: if there is no such model, the hub cannot be reached, or it is a pickle.
     """
     if model == "auto":
         return _automatic(announce)
     if model == "nano":
         return Base("nano", NANO, "embedded in sdlora")
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
             raise ModelError(
-                f"{model} is a folder without model_index.json; a base is a diffusers folder, see README.md"
+                f"{model} is a folder without model_index.json; a base is a diffusers folder or one .safetensors file"
             )
-        return Base(model, folder, "a diffusers folder")
-    if folder.is_file():
-        raise ModelError(f"{model} is a single file; this version reads diffusers folders and hub ids only")
+        return Base(model, path, "a diffusers folder")
+    if path.is_file():
+        file = readable(path, cache_dir if allow_pickle else None, announce)
+        return Base(model, file, "a single file" if file == path else "converted from a pickle")
     repository = ALIASES.get(model, model)
     if not hub.looks_like_id(repository):
         known = ", ".join(["auto", "nano", *ALIASES])
-        raise ModelError(f"no base model {model!r}: it is no folder, no hub id (owner/name) and none of {known}")
-    cached = hub.cached(repository)
+        raise ModelError(f"no base model {model!r}: it is no file, no folder, no hub id (owner/name), none of {known}")
+    cached = hub.cached(repository, revision)
     if cached:
         return Base(model, cached, "found in the hub cache")
-    return Base(model, hub.download(repository, announce), "downloaded from the hub")
+    return Base(model, hub.download(repository, announce, revision), "downloaded from the hub")
 
 
 def _automatic(announce: Callable[[str], None]) -> Base:
@@ -82,29 +111,117 @@ def _automatic(announce: Callable[[str], None]) -> Base:
     return Base("nano", NANO, "no GPU, and Stable Diffusion 1.5 is not in the hub cache; --base sd15 would download it")
 
 
-def identify(folder: Path) -> Family:
-    """Tells the family of a diffusers folder from its configuration files.
+def identify(path: Path, expected: str = "auto") -> Family:
+    """Tells the family of a base model from its configuration files, or from the names and shapes in a single file.
+
+    Args:
+        path: a diffusers folder or a single file.
+        expected: the family that the user says it is, or "auto".
 
     Raises:
-        ModelError: if the family is not supported.
+        ModelError: if the family is not supported, or is not the expected one.
     """
-    index = read_json(folder / "model_index.json")
-    if "text_encoder_2" in index or "transformer" in index:
-        raise ModelError(f"{folder} is a {index.get('_class_name', 'model')}; this version trains SD 1.x only")
-    unet = read_json(folder / "unet" / "config.json")
-    if unet.get("use_linear_projection"):
-        raise ModelError(f"{folder} is Stable Diffusion 2.x; this version trains SD 1.x only")
-    if unet.get("in_channels", 4) != 4:
-        raise ModelError(f"{folder} has {unet['in_channels']} input channels (an inpainting model?); 4 are needed")
-    return SD1
+    family = FAMILIES[identify_file(path) if path.is_file() else identify_folder(path)]
+    if expected not in ("auto", family.name):
+        raise ModelError(f"{path} is {family.title} ({family.name}), not {expected}; leave --family out")
+    return family
 
 
-def load_parts(base: Base, *, prediction: str = "auto") -> Parts:
+def native_resolution(path: Path) -> int:
+    """Returns the side in pixels of the square pictures that a base was trained on; reads no weights.
+
+    Raises:
+        ModelError: if its configuration is missing or damaged.
+    """
+    return file_resolution(path, identify(path)) if path.is_file() else folder_resolution(path)
+
+
+def load_parts(base: Base, settings: BaseSection | None = None, **changes: Any) -> Parts:
     """Loads a base model in fp32 on the CPU.
 
+    Args:
+        base: what `resolve_base` found.
+        settings: what the user wants otherwise: family, prediction type, VAE, text encoders. Default: nothing.
+        **changes: single settings by name.
+
     Raises:
-        ModelError: if it is incomplete, damaged or of an unsupported family.
+        ModelError: if it is incomplete, damaged, or of a family that is not supported or not the expected one.
     """
-    parts = identify(base.folder).load(base.folder, prediction)
-    parts.name = base.name
-    return parts
+    settings = (settings or BaseSection()).model_copy(update=changes)
+    family = identify(base.path, settings.family)
+    wanted = {"vae", *(spec.component for spec in family.text_encoders)}
+    if settings.vae:
+        wanted -= {"vae"}
+    if settings.text_encoders:
+        wanted = {"vae"} & wanted
+    load = load_file if base.path.is_file() else load_folder
+    components = load(base.path, family, wanted)
+    if settings.vae:
+        components.vae = replace_vae(settings.vae, family)
+    if settings.text_encoders:
+        components.text_encoders, components.tokenizers = replace_text_encoders(settings.text_encoders, family)
+    return _put_together(base, family, components, settings)
+
+
+def _put_together(base: Base, family: Family, components: Components, settings: BaseSection) -> Parts:
+    missing = [s.component for s in family.text_encoders if s.component not in components.text_encoders]
+    if components.vae is None:
+        raise ModelError(f"{base.name} holds no VAE; give one with --vae: a file, a folder, or taesd")
+    if missing:
+        raise ModelError(
+            f"{base.name} holds no {' and no '.join(missing).replace('_', ' ')}; give them with --text-encoders: a "
+            "diffusers folder, or a single file that holds them"
+        )
+    vae: Any = components.vae
+    vae_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if vae_factor != VAE_FACTOR:
+        raise ModelError(f"the VAE of {base.name} shrinks pictures {vae_factor} times; {VAE_FACTOR} times is needed")
+    config = dict(components.scheduler_config)
+    if settings.zero_snr != "auto":
+        config["rescale_betas_zero_snr"] = settings.zero_snr == "on"
+    try:
+        schedule = Schedule.from_config(config, settings.prediction)
+    except ValueError as error:
+        raise ModelError(f"{base.path}: {error}") from error
+    _require_widths(base, family, components)
+    _require_end_marks(base, family, components)
+    for module in (components.denoiser, vae, *components.text_encoders.values()):
+        module.requires_grad_(False).eval()
+    return Parts(
+        family=family,
+        name=base.name,
+        denoiser=components.denoiser,
+        vae=vae,
+        text_encoders=components.text_encoders,
+        tokenizers=components.tokenizers,
+        schedule=schedule,
+        scheduler_config={**config, "prediction_type": schedule.prediction},
+        resolution=components.resolution,
+        vae_factor=VAE_FACTOR,
+        notes=components.notes,
+    )
+
+
+def _require_widths(base: Base, family: Family, components: Components) -> None:
+    """Checks that the text encoders are as wide as the denoiser wants, which replaced ones may not be."""
+    denoiser: Any = components.denoiser
+    encoders: list[Any] = [components.text_encoders[s.component] for s in family.text_encoders]
+    width, wanted = sum(e.config.hidden_size for e in encoders), denoiser.config.cross_attention_dim
+    if width != wanted:
+        raise ModelError(
+            f"the text encoders of {base.name} give {width} numbers a token and its denoiser takes {wanted}; they do "
+            "not belong together"
+        )
+
+
+def _require_end_marks(base: Base, family: Family, components: Components) -> None:
+    """Checks that an encoder which pools a text finds its end; if not, transformers takes the start without a word."""
+    for spec in family.text_encoders:
+        encoder: Any = components.text_encoders[spec.component]
+        end = components.tokenizers[spec.component].eos_token_id
+        if spec.pooled and encoder.config.eos_token_id not in (_HIGHEST, end):
+            raise ModelError(
+                f"the {spec.component.replace('_', ' ')} of {base.name} looks for the end of a text at token "
+                f"{encoder.config.eos_token_id}, and its tokenizer ends texts with {end}; one of the two is another "
+                "model's"
+            )

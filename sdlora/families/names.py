@@ -1,8 +1,8 @@
 """The same weights under two names: as diffusers and transformers call them, and as the original checkpoints do.
 
 Original are the names of Stability's `ldm` and `sgm` programs for denoiser and VAE, and OpenCLIP's for the text
-encoders of SD 2.x and SDXL. All functions work on paths of modules ("mid_block.attentions.0") as well as on keys of state dicts
-("mid_block.attentions.0.norm.weight"), and return `None` for what they do not know.
+encoders of SD 2.x and SDXL. All functions work on paths of modules ("mid_block.attentions.0.proj_in") as well as on
+keys of state dicts ("mid_block.attentions.0.norm.weight"), and return `None` for what they do not know.
 
 Every Stable Diffusion has two residual blocks a level, which the arithmetic here relies on.
 

@@ -6,111 +6,40 @@ The embedded base `nano` is of this family: same blocks and module names, narrow
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
 
 from sdlora.adapters import Target
-from sdlora.diffusion.schedule import Schedule
-from sdlora.errors import ModelError
-from sdlora.families.family import Conditioning, Family, Parts
-from sdlora.families.folders import load_component, read_json
+from sdlora.families.family import Conditioning, Family, Parts, PictureSize, TextEncoder
+from sdlora.families.latents import decode_latents, encode_images
+from sdlora.families.text import encode_prompts
 
 _ATTENTION = Target(under=("Transformer2DModel",), endings=("to_q", "to_k", "to_v", "to_out.0"))
 _TRANSFORMER = Target(under=("Transformer2DModel",), kernels="1x1")
 _CONVOLUTIONS = Target(under=("ResnetBlock2D", "Downsample2D", "Upsample2D"))
 
-
-VAE_FACTOR = 8
-"""Pixels per latent."""
-
-
-def native_resolution(folder: Path) -> int:
-    """Returns the side in pixels that a checkpoint was trained on, from its configuration alone.
-
-    Raises:
-        ModelError: if the configuration is missing or damaged.
-    """
-    size = read_json(folder / "unet" / "config.json").get("sample_size", 64)
-    return (size if isinstance(size, int) else max(size)) * VAE_FACTOR
-
-
-def load(folder: Path, prediction: str) -> Parts:
-    """Loads a diffusers folder in fp32 on the CPU.
-
-    Args:
-        folder: holds `unet/`, `vae/`, `text_encoder/`, `tokenizer/` and `scheduler/`.
-        prediction: "auto" reads the checkpoint's scheduler; else "epsilon" or "v_prediction".
-
-    Raises:
-        ModelError: if a part is missing or damaged.
-    """
-    vae_class: Any = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}.get(
-        read_json(folder / "vae" / "config.json").get("_class_name", "AutoencoderKL")
-    )
-    if vae_class is None:
-        raise ModelError(f"{folder / 'vae'} is not an AutoencoderKL or AutoencoderTiny, which SD 1.x has")
-    denoiser = load_component(UNet2DConditionModel, folder, "unet")
-    vae = load_component(vae_class, folder, "vae")
-    encoder = load_component(CLIPTextModel, folder, "text_encoder")
-    tokenizer = load_component(CLIPTokenizer, folder, "tokenizer")
-    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
-    try:
-        schedule = Schedule.from_config(scheduler_config, prediction)
-    except ValueError as error:
-        raise ModelError(f"{folder / 'scheduler'}: {error}") from error
-    scheduler_config = {**scheduler_config, "prediction_type": schedule.prediction}
-    vae_factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if vae_factor != VAE_FACTOR:
-        raise ModelError(
-            f"{folder / 'vae'} shrinks pictures {vae_factor} times; SD 1.x shrinks them {VAE_FACTOR} times"
-        )
-    return Parts(
-        family=SD1,
-        name=folder.name,
-        denoiser=denoiser.requires_grad_(False).eval(),
-        vae=vae.requires_grad_(False).eval(),
-        text_encoders={"text_encoder": encoder.requires_grad_(False).eval()},
-        tokenizers={"text_encoder": tokenizer},
-        schedule=schedule,
-        scheduler_config=scheduler_config,
-        resolution=native_resolution(folder),
-        vae_factor=VAE_FACTOR,
-    )
+CLIP_L = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "projection_dim": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "hidden_act": "quick_gelu",
+    "max_position_embeddings": 77,
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+    "pad_token_id": 49407,
+}
+"""The text half of OpenAI's CLIP ViT-L/14."""
 
 
-def encode_prompts(parts: Parts, texts: Sequence[str], clip_skip: int = 1) -> Conditioning:
-    """Encodes texts into `states`, (B, 77, D).
-
-    Args:
-        parts: the base.
-        texts: B prompts; what lies beyond 75 tokens is not seen.
-        clip_skip: 1 takes the last layer, n the n-th from the end; both through the final layer norm.
-
-    Raises:
-        ModelError: if the encoder has fewer layers.
-
-    Source: sd-scripts' `get_hidden_states`, AUTOMATIC1111's "Clip skip".
-    """
-    encoder: Any = parts.text_encoders["text_encoder"]
-    tokenizer = parts.tokenizers["text_encoder"]
-    layers = encoder.config.num_hidden_layers
-    if clip_skip > layers:
-        raise ModelError(f"clip skip {clip_skip} is too deep: the text encoder of {parts.name} has {layers} layers")
-    tokens = tokenizer(
-        list(texts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
-    )
-    output = encoder(tokens.input_ids.to(next(encoder.parameters()).device), output_hidden_states=clip_skip > 1)
-    if clip_skip == 1:
-        return {"states": output.last_hidden_state}
-    model: Any = getattr(encoder, "text_model", encoder)  # transformers 5 has no such level any more
-    return {"states": model.final_layer_norm(output.hidden_states[-clip_skip])}
+def condition_sizes(sizes: Sequence[PictureSize]) -> Conditioning:
+    """The denoiser is told nothing of sizes."""
+    return {}
 
 
 def denoise(parts: Parts, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -118,32 +47,19 @@ def denoise(parts: Parts, noisy: Tensor, t: Tensor, conditioning: Conditioning) 
     return parts.denoiser(noisy, t, encoder_hidden_states=conditioning["states"], return_dict=False)[0]
 
 
-def encode_images(parts: Parts, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Encodes pixels, (B, 3, H, W) in [-1, 1], into the mean and deviation of scaled latents, (B, C, H/8, W/8)."""
-    vae: Any = parts.vae
-    scale = vae.config.scaling_factor
-    encoded = vae.encode(pixels.to(next(vae.parameters()).dtype))
-    if hasattr(encoded, "latents"):  # TAESD draws no sample
-        return encoded.latents * scale, None
-    return encoded.latent_dist.mean * scale, encoded.latent_dist.std * scale
-
-
-def decode_latents(parts: Parts, latents: Tensor) -> Tensor:
-    """Decodes scaled latents, (B, C, h, w), into pixels, (B, 3, 8h, 8w), in [-1, 1]."""
-    vae: Any = parts.vae
-    latents = latents.to(next(vae.parameters()).dtype) / vae.config.scaling_factor
-    return vae.decode(latents).sample.clamp(-1, 1)
-
-
-def lora_key(component: str, path: str) -> str:
-    """Names a module as kohya's files do: every dot an underscore, Hugging Face's old names for the text encoder.
+def text_key(prefix: str, path: str) -> str:
+    """Names a module of a text encoder as kohya's files do, by Hugging Face's old names.
 
     Source: `kohya-format.md`, section 3; sd-scripts' `networks/lora.py`.
     """
-    if component == "denoiser":
-        return "lora_unet_" + path.replace(".", "_")
     path = path.removeprefix("text_model.")  # absent since transformers 5, yet every loader expects it
-    return "lora_te_text_model_" + path.replace(".", "_")
+    inside = "" if path.startswith("text_projection") else "text_model_"
+    return f"{prefix}_{inside}{path.replace('.', '_')}"
+
+
+def lora_key(component: str, path: str) -> str:
+    """Names a module as kohya's files do: diffusers' path of the denoiser, every dot an underscore."""
+    return "lora_unet_" + path.replace(".", "_") if component == "denoiser" else text_key("lora_te", path)
 
 
 def pipeline(parts: Parts, scheduler: Any) -> Any:
@@ -162,9 +78,53 @@ def pipeline(parts: Parts, scheduler: Any) -> Any:
     return pipe
 
 
+def pipeline_inputs(positive: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
+    """Names conditioning as the pipeline's arguments."""
+    return {"prompt_embeds": positive["states"], "negative_prompt_embeds": negative["states"]}
+
+
 SD1 = Family(
     name="sd1",
-    denoiser_width=1280,
+    title="Stable Diffusion 1.x",
+    denoiser_config={
+        "sample_size": 64,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,  # diffusers' name for the number of heads
+    },
+    vae_config={
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "sample_size": 512,
+        "scaling_factor": 0.18215,
+    },
+    scheduler_config={
+        "_class_name": "DDIMScheduler",
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        "steps_offset": 1,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+    },
+    text_encoders=(
+        TextEncoder(
+            component="text_encoder",
+            lora_prefix="lora_te",
+            cls=CLIPTextModel,
+            config=CLIP_L,
+            pad="<|endoftext|>",
+            original="cond_stage_model.transformer.",
+        ),
+    ),
+    plain_up=(0,),
     targets={
         "attention": (_ATTENTION,),
         "attention+ff": (_TRANSFORMER,),
@@ -177,12 +137,13 @@ SD1 = Family(
         "modelspec.architecture": "stable-diffusion-v1/lora",
         "modelspec.implementation": "diffusers",
     },
-    native_resolution=native_resolution,
-    load=load,
+    v_metadata={"ss_base_model_version": "sd_v1_v"},
     encode_prompts=encode_prompts,
+    condition_sizes=condition_sizes,
     denoise=denoise,
     encode_images=encode_images,
     decode_latents=decode_latents,
     lora_key=lora_key,
     pipeline=pipeline,
+    pipeline_inputs=pipeline_inputs,
 )

@@ -56,7 +56,7 @@ def trained_base(lora: LoraFile, announce: Callable[[str], None] = print) -> tup
     name = printable(named[0][1])
     raise ConfigError(
         f"{file} was trained on {name} ({named[0][0]}), which is not on this machine;\n"
-        "pass --base with an alias, a hub id (it is downloaded then) or a diffusers folder"
+        "pass --base with an alias, a hub id (it is downloaded then), a .safetensors file or a diffusers folder"
     )
 
 
@@ -66,13 +66,16 @@ def trained_clip_skip(lora: LoraFile) -> int:
     return int(text) if re.fullmatch(r"[1-9]|1[0-2]", text) else 1
 
 
-def trained_prediction(lora: LoraFile) -> str:
-    """Returns the prediction type that was forced on the base in training, else "auto": the base's own word holds."""
+_FORCED = {"prediction": PREDICTIONS, "zero_snr": ("on", "off")}
+
+
+def trained_schedule(lora: LoraFile) -> dict[str, str]:
+    """Returns what was forced on the base's noise schedule in training: `prediction`, `zero_snr`, or neither."""
     try:
-        forced = tomllib.loads(lora.metadata.get("sdlora_config", ""))["base"]["prediction"]
-    except (tomllib.TOMLDecodeError, KeyError, TypeError):
-        return "auto"
-    return forced if forced in PREDICTIONS else "auto"
+        base = tomllib.loads(lora.metadata.get("sdlora_config", ""))["base"]
+        return {key: base[key] for key, legal in _FORCED.items() if base.get(key) in legal}
+    except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _is_here(name: str) -> bool:
@@ -80,6 +83,7 @@ def _is_here(name: str) -> bool:
     if name == "nano" or (hub.looks_like_id(repository) and hub.cached(repository)):
         return True
     try:
-        return (Path(name).expanduser() / "model_index.json").is_file()
+        path = Path(name).expanduser()
+        return (path / "model_index.json").is_file() or (path.suffix == ".safetensors" and path.is_file())
     except (OSError, RuntimeError, ValueError):  # names that are no paths
         return False

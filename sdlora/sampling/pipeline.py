@@ -2,7 +2,8 @@
 
 A picture depends on its prompt and seed, never on its neighbours: every one has a CPU generator of its own, so it looks
 the same alone, in any batch and on any device, up to rounding. Text is encoded by the family, not by diffusers, so that
-training and drawing agree about clip skip; latents are decoded one by one in the VAE's own fp32.
+training and drawing agree about clip skip, and (word:1.2), BREAK and long prompts mean what they do in the WebUI.
+Latents are decoded one by one in the VAE's own fp32.
 
 Legend: B batch, C latent channels, h w latent size.
 """
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from sdlora.errors import ConfigError, ModelError
 from sdlora.families import Parts
+from sdlora.families.text import count_chunks
 from sdlora.sampling.prompts import Prompt
 from sdlora.sampling.samplers import make_scheduler, sampler_name
 
@@ -63,28 +65,13 @@ def draw(
         _check(prompt, parts)
     pictures: dict[int, Image.Image] = {}
     with torch.no_grad(), _evaluating(*parts.components.values(), parts.vae):
-        for positions in _batches(prompts, batch_size or _BATCH):
+        for positions in _batches(parts, prompts, batch_size or _BATCH):
             batch = [prompts[i] for i in positions]
             for i, latents in zip(positions, _draw_latents(parts, batch, clip_skip), strict=True):
                 pictures[i] = _decode(parts, latents, prompts[i])
                 if on_image is not None:
                     on_image(1)
     return [pictures[i] for i in range(len(prompts))]
-
-
-def overlong(parts: Parts, prompts: Sequence[Prompt]) -> list[str]:
-    """Returns a note for every prompt of which the text encoder does not see the end."""
-    notes = []
-    for text in dict.fromkeys(t for prompt in prompts for t in (prompt.text, prompt.negative)):
-        for tokenizer in parts.tokenizers.values():
-            tokens = tokenizer([text], truncation=False, verbose=False).input_ids[0]
-            surplus = len(tokens) - tokenizer.model_max_length
-            if surplus > 0:
-                # The last token is the end mark, which is kept; what is cut stands before it.
-                unseen = tokenizer.decode(tokens[-surplus - 1 : -1]).strip()
-                notes.append(f"the last {surplus} tokens of a prompt are not seen by the text encoder: {unseen!r}")
-                break
-    return notes
 
 
 def _check(prompt: Prompt, parts: Parts) -> None:
@@ -101,10 +88,12 @@ def _check(prompt: Prompt, parts: Parts) -> None:
         raise ConfigError(f"steps must be from 1 to {levels - 1}, got {prompt.steps} for the prompt {prompt.text!r}")
 
 
-def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[list[int]]:
+def _batches(parts: Parts, prompts: Sequence[Prompt], size: int) -> Iterator[list[int]]:
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, p in enumerate(prompts):
-        groups.setdefault((p.width, p.height, p.steps, p.cfg, p.sampler), []).append(i)
+        # Texts are padded to the longest of a batch, which shows in the picture; so only equals are drawn together.
+        chunks = max(count_chunks(parts, p.text), count_chunks(parts, p.negative))
+        groups.setdefault((p.width, p.height, p.steps, p.cfg, p.sampler, chunks), []).append(i)
     for positions in groups.values():
         for start in range(0, len(positions), size):
             yield positions[start : start + size]
@@ -114,8 +103,10 @@ def _draw_latents(parts: Parts, batch: Sequence[Prompt], clip_skip: int) -> Tens
     """Returns scaled latents, (B, C, h, w), of prompts that share everything but texts and seed."""
     first = batch[0]
     assert first.sampler and first.width and first.height
-    states = parts.family.encode_prompts(parts, [p.text for p in batch], clip_skip)["states"]
-    negative = parts.family.encode_prompts(parts, [p.negative for p in batch], clip_skip)["states"]
+    texts = [*(p.text for p in batch), *(p.negative for p in batch)]  # together, so that all get the same length
+    encoded = parts.family.encode_prompts(parts, texts, clip_skip, num_chunks=None, emphasis=True)
+    positive = {name: tensor[: len(batch)].to(parts.dtype) for name, tensor in encoded.items()}
+    negative = {name: tensor[len(batch) :].to(parts.dtype) for name, tensor in encoded.items()}
     # The seed goes straight into the generator: the WebUI does the same when its noise comes from the CPU.
     generators = [torch.Generator().manual_seed(p.seed or 0) for p in batch]
     channels = int(parts.denoiser.config.in_channels)  # type: ignore[union-attr, arg-type]
@@ -125,8 +116,7 @@ def _draw_latents(parts: Parts, batch: Sequence[Prompt], clip_skip: int) -> Tens
     pipe = parts.family.pipeline(parts, make_scheduler(first.sampler, parts.scheduler_config))
     pipe.set_progress_bar_config(disable=True)
     latents = pipe(
-        prompt_embeds=states.to(parts.dtype),
-        negative_prompt_embeds=negative.to(parts.dtype),
+        **parts.family.pipeline_inputs(positive, negative),
         latents=noise,
         generator=generators,
         width=first.width,

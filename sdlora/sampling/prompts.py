@@ -42,6 +42,8 @@ _ELSEWHERE = {
     "fs": "flow shift of other model families",
 }
 
+_EDITING = re.compile(r"(?<!\\)\[[^\[\]]*(\||:\s*\d*\.?\d+\s*\])|\bAND\b")
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -92,9 +94,11 @@ def parse_prompt(line: str) -> Prompt:
     text, negative = text.strip(), values.get("n", "")
     if "<lora:" in text or "<lora:" in negative:
         raise ConfigError(f"LoRA tags have no effect in the prompt {line.strip()!r}; name the file with --lora instead")
+    if any("\ud800" <= c <= "\udfff" for c in text + negative):
+        raise ConfigError(f"the prompt {line.strip()!r} holds bytes that are no text; type it again, in UTF-8")
     notes: list[str] = []
-    if any(re.search(r"(?<!\\)[([][^()\[\]]*:\s*\d*\.?\d+\s*[)\]]", t) for t in (text, negative)):
-        notes.append(f"weights such as (word:1.2) are read as plain words here: {text!r}")
+    if any(_EDITING.search(t) for t in (text, negative)):
+        notes.append(f"prompt editing, as in [a:b:0.5] or [a|b], and AND are read as plain words here: {text!r}")
     return Prompt(
         text,
         negative,

@@ -52,13 +52,14 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Builds the optimizer over the adapters' own parameters, one group per component.
 
-    Each group remembers its full learning rate as `base_lr`.
+    Each group remembers its full learning rate as `base_lr` and whose parameters it holds as `component`.
     """
     groups = [
         {
             "params": [p for adapter in modules for p in adapter.parameters() if p.requires_grad],
             "lr": rates[component],
             "base_lr": rates[component],
+            "component": component,
         }
         for component, modules in adapters.items()
     ]

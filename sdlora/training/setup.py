@@ -17,8 +17,8 @@ from sdlora.data.dataset import Dataset, bucket_counts, prepare
 from sdlora.data.folder import MAX_REASONS, scan
 from sdlora.diffusion.noise import generator
 from sdlora.errors import ConfigError
-from sdlora.families import Parts, identify, load_parts, resolve_base
-from sdlora.sampling.pipeline import overlong
+from sdlora.families import Parts, identify, load_parts, native_resolution, resolve_base
+from sdlora.families.chunks import CHUNK
 from sdlora.training.board import Board, require_tensorboard
 from sdlora.training.checkpoint import Checkpoint, latest_checkpoint
 from sdlora.training.device import choose_threads
@@ -58,9 +58,9 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
     device = choose_device()
     precision = choose_precision(config.train.precision, device)
     attention, attention_reason = choose_attention(config.train.attention, device, precision.dtype)
-    base = resolve_base(config.base.model, reporter.say)
-    reporter.say(f"Base: {base.name} ({base.reason})")
-    resolution = config.data.resolution or identify(base.folder).native_resolution(base.folder)
+    base = resolve_base(config.base.model, reporter.say, config.base.revision)
+    reporter.say(f"Base: {base.name} ({identify(base.path, config.base.family).title}; {base.reason})")
+    resolution = config.data.resolution or native_resolution(base.path)
     num_pictures, counts = bucket_counts(pictures.examples, config.data, resolution)
     plan = make_plan(config, num_pictures, counts.values())
     reporter.say(plan.sentence())
@@ -72,7 +72,9 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
         raise ConfigError("several processes are not supported yet; start sdlora without a launcher")
 
     # The base model and what is computed with it once.
-    parts = load_parts(base, prediction=config.base.prediction).to(accelerator.device, precision.dtype)
+    parts = load_parts(base, config.base).to(accelerator.device, precision.dtype)
+    for note in parts.notes:
+        reporter.say(note)
     choose_threads(parts, config.train.threads)
     with torch.no_grad():
         parts.family.encode_prompts(parts, [""], config.base.clip_skip)  # fails now if the encoder has fewer layers
@@ -85,8 +87,8 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
     reporter.begin("caching latents", len(pictures.examples))
     dataset = prepare(parts, pictures, config.data, config.train.seed, cache, lambda done, total: reporter.advance())
     reporter.end()
-    texts = Texts(parts, config, cache)
-    prompt_notes = [note for prompt in prompts for note in prompt.notes] + overlong(parts, prompts)
+    texts = Texts(parts, config, cache, plan.total_steps)
+    prompt_notes = [note for prompt in prompts for note in prompt.notes]
     for note in (*dataset.notes, *_overlong(texts, dataset), *prompt_notes):
         reporter.warn(note)
 
@@ -177,7 +179,10 @@ def _overlong(texts: Texts, dataset: Dataset) -> list[str]:
     if not names:
         return []
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return [f"captions longer than the text encoder can read, their end has no effect: {', '.join(names[:3])}{more}"]
+    return [
+        f"captions longer than {texts.num_chunks * CHUNK} tokens, their end has no effect (--max-tokens reads more): "
+        f"{', '.join(names[:3])}{more}"
+    ]
 
 
 def _describe(adapters: Adapters, rates: Mapping[str, float], config: Config) -> str:

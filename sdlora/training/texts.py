@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from sdlora.config import Config
 from sdlora.data.cache import Cache
 from sdlora.data.captions import compose
@@ -11,6 +13,7 @@ from sdlora.data.folder import Example
 from sdlora.data.text import TextStates
 from sdlora.diffusion.noise import generator
 from sdlora.families import Conditioning, Parts
+from sdlora.families.chunks import CHUNK
 
 
 class Texts:
@@ -20,11 +23,17 @@ class Texts:
         parts: the base. Cached states are those of the bare encoder; one that trains is encoded live.
         config: how captions are composed and whether the encoder trains.
         cache: where states are kept.
+        total_steps: of the run; a share of them is `lora.text_encoder_stop`.
+
+    Attributes:
+        stops: the step from which on the text encoders learn no more.
     """
 
-    def __init__(self, parts: Parts, config: Config, cache: Cache) -> None:
+    def __init__(self, parts: Parts, config: Config, cache: Cache, total_steps: int) -> None:
         self.parts, self.config = parts, config
-        self.states = TextStates(parts, cache, config.base.clip_skip)
+        self.num_chunks = config.base.max_tokens // CHUNK
+        self.states = TextStates(parts, cache, config.base.clip_skip, self.num_chunks)
+        self.stops = round(config.lora.text_encoder_stop * total_steps)
 
     def __call__(self, examples: Sequence[Example], step: int, positions: Sequence[int]) -> Conditioning:
         """Encodes the captions of a batch.
@@ -36,9 +45,11 @@ class Texts:
                 position).
         """
         texts = [self.compose(e, step, position) for e, position in zip(examples, positions, strict=True)]
-        if self.config.lora.text_encoder:
-            return self.parts.family.encode_prompts(self.parts, texts, self.config.base.clip_skip)
-        return self.states(texts)
+        if not self.config.lora.text_encoder:
+            return self.states(texts)
+        with torch.set_grad_enabled(step < self.stops):
+            skip = self.config.base.clip_skip
+            return self.parts.family.encode_prompts(self.parts, texts, skip, num_chunks=self.num_chunks)
 
     def compose(self, example: Example, step: int, position: int) -> str:
         """Returns the caption of an example as it is used at a step."""

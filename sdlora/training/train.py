@@ -146,7 +146,8 @@ def _set_learning_rates(session: Session, step: int) -> float:
         schedule=session.config.optimizer.schedule,
     )
     for group in session.optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        stopped = group["component"] != "denoiser" and step >= session.texts.stops
+        group["lr"] = 0.0 if stopped else group["base_lr"] * factor
     return session.rates["denoiser"] * factor
 
 
@@ -171,7 +172,7 @@ def _accumulate(session: Session, step: int) -> tuple[float, int, list[str]]:
             noise_offset=settings.noise_offset,
         )
         with session.accelerator.autocast():
-            conditioning = session.texts(batch.examples, step, positions)
+            conditioning = session.texts(batch.examples, step, positions) | parts.family.condition_sizes(batch.sizes)
             # Each picture counts the same, however the step is cut into batches.
             share = sample_losses(parts, drawn, conditioning, settings).sum() / total
         session.accelerator.backward(share)

@@ -12,7 +12,7 @@ from PIL import Image
 from sdlora.config import DataSection
 from sdlora.data.buckets import Fit
 from sdlora.data.cache import Cache
-from sdlora.data.dataset import Dataset, bucket_counts, prepare, variants
+from sdlora.data.dataset import Dataset, Variant, bucket_counts, prepare, variants
 from sdlora.data.folder import Example, scan
 from sdlora.data.image import open_rgb, pixels
 from sdlora.errors import DatasetError
@@ -125,7 +125,8 @@ def made(counts: list[tuple[int, int, int]], seed: int = 0, num_variants: int = 
         [{"mean": torch.full((1, 8, fitted.width // 8), i + k / 10)} for k in range(num_variants)]
         for i, fitted in enumerate(fits)
     ]
-    return Dataset(examples, fits, latents, seed)
+    cuts = [[Variant(0, 0, False)] * num_variants] * len(fits)
+    return Dataset(examples, fits, cuts, latents, seed)
 
 
 MIXED = [(64, 1, 7), (128, 3, 2), (192, 2, 1)]

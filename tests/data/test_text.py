@@ -75,7 +75,7 @@ def test_memory_is_bounded(tiny_parts, tmp_path, monkeypatch):
 def test_using_a_tokenizer_does_not_change_its_fingerprint(tiny_parts):
     before = text_fingerprint(tiny_parts)
     tiny_parts.family.encode_prompts(tiny_parts, ["a cat"], 1)
-    states = TextStates(tiny_parts, Cache(None), 1, "given")
+    states = TextStates(tiny_parts, Cache(None), 1, fingerprint="given")
     assert states.truncated(["a cat", "cat " * 75, "cat " * 76]) == ["cat " * 76]
     assert text_fingerprint(tiny_parts) == before
     assert states.fingerprint == "given"

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from sdlora.errors import ModelError
-from sdlora.families import Base, identify, load_parts, resolve_base
-from sdlora.families.hub import cached, looks_like_id, wanted_files
+from sdlora.families import Base, identify, load_parts, native_resolution, resolve_base
 from sdlora.families.loading import NANO
 
 
@@ -32,7 +31,7 @@ def test_auto_is_nano_without_gpu_and_cache_and_says_why(monkeypatch, tmp_path):
 def test_auto_takes_stable_diffusion_from_the_hub_cache(monkeypatch, tiny_base):
     monkeypatch.setattr("sdlora.families.hub.cached", lambda repository: tiny_base)
     base = resolve_base("auto")
-    assert (base.name, base.folder) == ("sd15", tiny_base)
+    assert (base.name, base.path) == ("sd15", tiny_base)
     assert "hub cache" in base.reason
 
 
@@ -51,7 +50,7 @@ def test_a_folder_and_its_parts(tiny_base):
     parts = load_parts(base)
     assert identify(tiny_base).name == "sd1"
     assert (parts.resolution, parts.vae_factor, parts.schedule.prediction) == (64, 8, "epsilon")
-    assert parts.family.native_resolution(tiny_base) == 64
+    assert native_resolution(tiny_base) == 64
     assert not any(p.requires_grad for m in (*parts.components.values(), parts.vae) for p in m.parameters())
 
 
@@ -118,70 +117,6 @@ def test_a_hub_id_without_network_says_what_to_do(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match="--base nano"):
         resolve_base("nobody/nothing-here")
-
-
-def test_an_unreachable_hub_is_told_from_a_missing_repository(monkeypatch):
-    import huggingface_hub
-
-    class ConnectError(Exception):
-        """Named as in the hub's HTTP library, whose package changes with its version."""
-
-    class Unreachable:
-        def model_info(self, *args, **options):
-            raise ConnectError("Name or service not known")
-
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(huggingface_hub, "HfApi", Unreachable)
-    with pytest.raises(ModelError, match="cannot reach the hub"):
-        resolve_base("nobody/nothing-here")
-
-
-def test_only_one_set_of_weights_is_fetched():
-    files = [
-        "README.md",
-        "model_index.json",
-        "v1-5-pruned.safetensors",
-        "safety_checker/model.safetensors",
-        "scheduler/scheduler_config.json",
-        "tokenizer/vocab.json",
-        "tokenizer/merges.txt",
-        "text_encoder/config.json",
-        "text_encoder/model.safetensors",
-        "text_encoder/pytorch_model.bin",
-        "unet/config.json",
-        "unet/diffusion_pytorch_model.safetensors",
-        "unet/diffusion_pytorch_model.fp16.safetensors",
-        "unet/diffusion_pytorch_model.non_ema.safetensors",
-        "vae/config.json",
-        "vae/diffusion_pytorch_model.safetensors",
-    ]
-    assert wanted_files(files) == [
-        "model_index.json",
-        "scheduler/scheduler_config.json",
-        "tokenizer/vocab.json",
-        "tokenizer/merges.txt",
-        "text_encoder/config.json",
-        "text_encoder/model.safetensors",
-        "unet/config.json",
-        "unet/diffusion_pytorch_model.fp16.safetensors",
-        "vae/config.json",
-        "vae/diffusion_pytorch_model.safetensors",
-    ]
-
-
-def test_hub_ids_are_owner_and_name():
-    assert looks_like_id("stable-diffusion-v1-5/stable-diffusion-v1-5")
-    assert not any(map(looks_like_id, ["nano", "a/b/c", "../x", "/abs", "a b/c", ""]))
-
-
-def test_an_incomplete_cache_does_not_count(monkeypatch, tmp_path, tiny_base):
-    import huggingface_hub
-
-    folder = shutil.copytree(tiny_base, tmp_path / "snapshot")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(folder))
-    assert cached("a/b") == folder
-    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    assert cached("a/b") is None
 
 
 def test_nano_is_the_size_that_it_is_said_to_be():

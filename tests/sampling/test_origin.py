@@ -18,7 +18,7 @@ def origin(path: Path, metadata: dict[str, str] | None = None) -> LoraFile:
 def test_our_own_word_comes_before_kohyas(tmp_path, tiny_base):
     lora = origin(tmp_path / "a.safetensors", {"ss_sd_model_name": "nano", "sdlora_base": str(tiny_base)})
     base, where = trained_base(lora)
-    assert base.folder == tiny_base and where == "sdlora_base in a.safetensors"
+    assert base.path == tiny_base and where == "sdlora_base in a.safetensors"
 
 
 def test_what_is_not_here_is_passed_over(tmp_path):

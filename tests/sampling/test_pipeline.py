@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sdlora.errors import ConfigError, ModelError
-from sdlora.sampling.pipeline import defaults_for, draw, overlong
+from sdlora.sampling.pipeline import defaults_for, draw
 from sdlora.sampling.prompts import Prompt
 from sdlora.sampling.samplers import make_scheduler
 
@@ -163,16 +163,6 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is_drawn(tiny_parts, ch
     with pytest.raises(ConfigError, match=message):
         draw(tiny_parts, [CAT, replace(CAT, **change)], on_image=done.append)
     assert not done
-
-
-def test_the_unseen_end_of_a_prompt_is_told(tiny_parts):
-    """75 words of one token each fit; the 76th does not."""
-    fits = Prompt(" ".join(["a"] * 75))
-    assert overlong(tiny_parts, [fits, Prompt("")]) == []
-    [note] = overlong(tiny_parts, [Prompt(fits.text + " cat dog")])
-    assert "the last 2 tokens" in note and "'cat dog'" in note
-    [note] = overlong(tiny_parts, [Prompt("x", negative=fits.text + " cat")])
-    assert "'cat'" in note
 
 
 def test_the_default_size_is_the_bases_own(tiny_parts):

@@ -31,10 +31,9 @@ def test_sizes_are_rounded_down_to_eights_and_it_is_said(given, side):
     assert all(f"--w {given} became {side}" in note for note in prompt.notes)
 
 
-def test_weights_have_no_effect_and_it_is_said():
-    assert "plain words" in parse_prompt("a (cat:1.2)").notes[0]
-    assert "plain words" in parse_prompt("a cat --n (dog:0.5)").notes[0]
-    assert parse_prompt(r"saber (fate), ratio 1:2, \(x:1\)").notes == ()
+def test_weights_stay_in_the_text_and_are_no_cause_for_a_note():
+    prompt = parse_prompt("a (cat:1.2) BREAK [red] --n (dog:0.5)")
+    assert (prompt.text, prompt.negative, prompt.notes) == ("a (cat:1.2) BREAK [red]", "(dog:0.5)", ())
 
 
 @pytest.mark.parametrize(
@@ -133,3 +132,18 @@ def test_lora_specs(spec, path, strength):
 def test_bad_lora_specs(spec, message):
     with pytest.raises(ConfigError, match=message):
         parse_lora_spec(spec)
+
+
+@pytest.mark.parametrize("text", ["a [cat:dog:0.5]", "a [cat|dog]", "a cat AND a dog", "a [cat:0.5]"])
+def test_what_the_webui_does_over_time_is_told_to_have_no_such_effect(text):
+    [note] = parse_prompt(text).notes
+    assert "read as plain words" in note
+
+
+def test_weights_and_escaped_brackets_need_no_note():
+    assert parse_prompt(r"a (cat:1.2) [dog] \[x:0.5\] SAND").notes == ()
+
+
+def test_bytes_that_are_no_text_are_refused():
+    with pytest.raises(ConfigError, match="no text"):
+        parse_prompt("a \udcff cat")

@@ -86,7 +86,7 @@ class Experiment:
     @cached_property
     def digest(self) -> str:
         """Hash of what every cell depends on: the base's files, the data set, sdlora's code, the bench's version."""
-        base = Cache.key(self.config.base.model_dump(mode="json", exclude={"model"}), folder_digest(self.base.folder))
+        base = Cache.key(self.config.base.model_dump(mode="json", exclude={"model"}), folder_digest(self.base.path))
         return Cache.key(VERSION, base, self.pictures.digest, code_digest())
 
 

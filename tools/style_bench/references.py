@@ -94,7 +94,7 @@ def tune(
         TrainingError: if no learning rate gives a finite loss.
     """
     start = {name: value.detach().clone() for name, value in parts.denoiser.state_dict().items()}
-    texts = Texts(parts, config, Cache(config.data.cache_dir))
+    texts = Texts(parts, config, Cache(config.data.cache_dir), tuning.steps)
     losses: dict[str, float] = {}
     best, seconds = math.inf, 0.0
     for rate in tuning.rates:

@@ -1,0 +1,134 @@
+"""Where in a base model's files the weight lies that a LoRA module changes: headers only, no model is built.
+
+With this a LoRA is merged into a checkpoint, or taken out of two, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdlora.container import Container, open_container
+from sdlora.errors import ModelError
+from sdlora.families.components import identify_folder
+from sdlora.families.family import Family, TextEncoder
+from sdlora.families.folders import read_json, weights_variant
+from sdlora.families.identify import identify_file
+from sdlora.families.layout import Component, components
+from sdlora.families.names import diffusers_unet
+from sdlora.families.shapes import text_layers
+
+_CLIP_LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one layer's weight lies.
+
+    Attributes:
+        file: a .safetensors file.
+        key: its key there.
+        third: which third of the rows under that key is this layer's, 0 to 2; `None`: all of them.
+        shape: of the layer's weight as it lies there, the third taken.
+        transposed: whether it lies there as (in, out).
+    """
+
+    file: Path
+    key: str
+    third: int | None
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+
+def places(base: Path) -> tuple[Family, dict[str, Place]]:
+    """Finds the weights of every layer of denoiser and text encoders that a LoRA can change.
+
+    Args:
+        base: a diffusers folder or a single file.
+
+    Returns:
+        The family, and the places by the layer's module name in a kohya file.
+
+    Raises:
+        ModelError: if the base is damaged, incomplete or not supported.
+    """
+    from sdlora.families.loading import FAMILIES  # which imports this room's other files
+
+    if base.is_file():
+        family = FAMILIES[identify_file(base)]
+        return family, _in_file(open_container(base, "base model", ModelError), family)
+    family = FAMILIES[identify_folder(base)]
+    return family, _in_folder(base, family)
+
+
+def component_weights(folder: Path) -> dict[str, Container]:
+    """Finds the weights of one component of a diffusers folder, in one file or several: key -> its file.
+
+    Raises:
+        ModelError: if there are none, a file is damaged, or an index names what is not there.
+    """
+    variant = weights_variant(folder)
+    if variant is None:
+        raise ModelError(f"{folder} holds no .safetensors weights")
+    part = f".{variant}" if variant else ""
+    for stem in ("diffusion_pytorch_model", "model"):
+        file = folder / f"{stem}{part}.safetensors"
+        if file.is_file():
+            container = open_container(file, "weights", ModelError)
+            return dict.fromkeys(container.entries, container)
+        for index in (f"{stem}{part}.safetensors.index.json", f"{stem}.safetensors.index{part}.json"):
+            if (folder / index).is_file():
+                return _shards(folder / index)
+    raise ModelError(f"{folder} holds no .safetensors weights of a usual name")
+
+
+def _shards(index: Path) -> dict[str, Container]:
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise ModelError(f"{index} does not say which weight is in which file; download it again")
+    outside = next((name for name in table.values() if Path(name).name != name), None)
+    if outside is not None:
+        raise ModelError(f"{index} points outside its folder, at {outside[:200]!r}; it is not read")
+    files = {name: open_container(index.parent / name, "weights", ModelError) for name in sorted(set(table.values()))}
+    for key, name in table.items():
+        if key not in files[name].entries:
+            raise ModelError(f"{index} says that {key[:200]!r} is in {name}, where it is not; download it again")
+    return {key: files[name] for key, name in table.items()}
+
+
+def _in_folder(folder: Path, family: Family) -> dict[str, Place]:
+    found = {}
+    for component in ("denoiser", *(spec.component for spec in family.text_encoders)):
+        weights = component_weights(folder / ("unet" if component == "denoiser" else component))
+        for key, container in weights.items():
+            path, shape = key.removesuffix(".weight"), container.entries[key].shape
+            if path != key and len(shape) in (2, 4) and ".embeddings." not in f".{path}":
+                found[family.lora_key(component, path)] = Place(container.path, key, None, shape)
+    return found
+
+
+def _in_file(container: Container, family: Family) -> dict[str, Place]:
+    found = components(container, family)
+    weights = [name for name in found["denoiser"].section if name.endswith(".weight")]
+    paths = {"denoiser": [path for name in weights if (path := diffusers_unet(name))]}
+    for spec in family.text_encoders:
+        if spec.component in found:
+            paths[spec.component] = _text_encoder_paths(found[spec.component], spec)
+    return {
+        family.lora_key(component, path.removesuffix(".weight")): place
+        for component in paths
+        for path in paths[component]
+        if len((place := _place(found[component], path)).shape) in (2, 4)
+    }
+
+
+def _text_encoder_paths(encoder: Component, spec: TextEncoder) -> list[str]:
+    layers = range(text_layers(encoder, spec))
+    paths = [f"encoder.layers.{i}.{layer}.weight" for i in layers for layer in _CLIP_LINEAR]
+    return [path for path in [*paths, "text_projection.weight"] if path in encoder]
+
+
+def _place(component: Component, path: str) -> Place:
+    source = component.source(path)
+    third, transposed = (source.third, source.transposed) if source else (None, False)
+    return Place(component.container.path, component.key(path), third, component.stored_shape(path), transposed)
