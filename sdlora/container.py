@@ -11,7 +11,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -131,7 +131,7 @@ def open_container(path: Path, what: str = "LoRA file", error: type[SdloraError]
         SdloraError: of the kind `error`, if there is no such file, or it is no whole, well-formed safetensors file.
     """
     try:
-        return _open(path, what)
+        return replace(_open(path, what), error=error)
     except LoraFileError as problem:
         raise error(str(problem)) from problem.__cause__
 

@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny SD 1.x base with random weights, built here, and pictures drawn here. No network."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import pytest
 import torch
+from diffusers.utils import logging as diffusers_logging
 from families.tiny import make_tiny
 from PIL import Image
 
@@ -109,6 +111,27 @@ def tiny_parts(tiny_base) -> Parts:
 def nano_parts() -> Parts:
     """The embedded base, loaded afresh."""
     return load_parts(Base("nano", NANO, "test"))
+
+
+@pytest.fixture
+def complaints():
+    """What diffusers, peft and transformers log while the test runs: keys left over, keys missing."""
+    lines: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    collector = Collector(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("diffusers", "peft", "transformers")]
+    before = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_warning()
+    for logger in loggers:
+        logger.addHandler(collector)
+    yield lines
+    for logger in loggers:
+        logger.removeHandler(collector)
+    diffusers_logging.set_verbosity(before)
 
 
 @pytest.fixture

@@ -69,8 +69,14 @@ def test_a_streamed_file_is_the_same_bytes_and_its_tensors_are_read_alone(tmp_pa
 
 
 def test_the_kind_of_error_is_the_callers(tmp_path):
-    with pytest.raises(ModelError, match=r"no checkpoint .*missing"):
-        open_container(tmp_path / "missing", "checkpoint", ModelError)
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(ModelError, match=r"no checkpoint .*a\.safetensors"):
+        open_container(path, "checkpoint", ModelError)
+    path.write_bytes(whole())
+    container = open_container(path, "checkpoint", ModelError)
+    path.write_bytes(whole()[:-1])
+    with pytest.raises(ModelError, match="was changed"):
+        container.data()
 
 
 def test_the_model_hash_does_not_see_metadata():

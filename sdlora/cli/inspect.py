@@ -64,8 +64,8 @@ def describe(lora: LoraFile) -> Report:
     stored = metadata.get("sshs_model_hash")
     report: Report = {
         "file": str(lora.path),
-        "bytes": lora.path.stat().st_size,
-        "format": "kohya LoRA, safetensors",
+        "bytes": sum(f.stat().st_size for f in [lora.path, *lora.path.rglob("*.safetensors")] if f.is_file()),
+        "format": f"{lora.format} LoRA, safetensors",
         "dtype": DTYPE_WORDS[lora.dtype],
         "looks_like": looks_like(lora),
         "base_version": metadata.get("ss_base_model_version"),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import os
 import sys
 
 import click
 
 from sdlora import __version__
+from sdlora.cli.lazy import LazyGroup
 from sdlora.errors import SdloraError
 
 COMMANDS = {
@@ -17,30 +16,17 @@ COMMANDS = {
     "sample": "Draw pictures with one or several LoRAs.",
     "demo": "Train on the pictures that come with sdlora and draw a before/after grid.",
     "inspect": "Show what a LoRA file holds and what other programs will make of it.",
+    "lora": "Check, convert, merge, resize, extract and install LoRA files.",
     "defaults": "Print every setting with its default, as a TOML file to start from.",
     "doctor": "Show versions and devices, and try out what this machine can do.",
 }
 
 
-class _Commands(click.Group):
-    """Lists the commands without importing torch, so that `--help` answers at once."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
-        if cmd_name not in COMMANDS:
-            near = difflib.get_close_matches(cmd_name, COMMANDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
-            raise click.UsageError(f"no command {cmd_name!r}; {hint}")
-        return importlib.import_module(f"sdlora.cli.{cmd_name}").command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
-
-
-@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=LazyGroup,
+    table={name: (name, text) for name, text in COMMANDS.items()},
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__)
 def cli() -> None:
     """Teach Stable Diffusion a style: a folder of pictures becomes a LoRA file that every program loads.

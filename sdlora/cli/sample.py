@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -43,6 +43,8 @@ class _Used:
     help="auto, nano, sd15, sdxl, a .safetensors file, a diffusers folder or a hub id. Default: what the LoRA was "
     "trained on.",
 )
+@click.option("--revision", help="Branch, tag or commit of a base on the hub.")
+@click.option("--allow-pickle", is_flag=True, help="Convert a .ckpt base first; only for files that you trust.")
 @click.option("--vae", help="VAE to use instead of the base's: a file, a folder, or taesd (small and fast).")
 @click.option("--text-encoders", help="Text encoders to use instead of the base's: a folder, or a file with them.")
 @click.option(
@@ -106,6 +108,8 @@ def command(
     prompts: tuple[str, ...],
     loras: tuple[str, ...],
     base: str | None,
+    revision: str | None,
+    allow_pickle: bool,
     vae: str | None,
     text_encoders: str | None,
     file: Path | None,
@@ -142,7 +146,7 @@ def command(
             raise ConfigError(f"--{name} must be a multiple of 8, got {side}; {side // 8 * 8} would do")
     defaults = Prompt("", negative, width, height, _first_seed(seed), cfg, steps, sampler_name(sampler))
     used = _read_loras(loras)
-    chosen = _choose_base(base, [u.file for u in used])
+    chosen = _choose_base(base, [u.file for u in used], revision, allow_pickle)
     parts = _load(chosen, used, precision, {"vae": vae, "text_encoders": text_encoders})
     width, height = _size(parts, width, height)
     wanted = [resolve(p, replace(defaults, width=width, height=height)) for p in asked]
@@ -185,16 +189,21 @@ def _read_loras(specs: Sequence[str]) -> list[_Used]:
     return used
 
 
-def _choose_base(wanted: str | None, loras: Sequence[LoraFile]) -> Base:
+def _choose_base(wanted: str | None, loras: Sequence[LoraFile], revision: str | None, allow_pickle: bool) -> Base:
     """Finds the base: what the user says, else what the first LoRA was trained on. Prints which, and why."""
+    from sdlora.data.cache import default_folder
     from sdlora.families import resolve_base
     from sdlora.files.webui import printable
     from sdlora.sampling.origin import named_bases, trained_base
 
     if not loras:
         click.echo("No --lora given: drawing with the base alone.")
+    if wanted is None and (revision or allow_pickle):
+        raise ConfigError("--revision and --allow-pickle say how --base is read, and no --base is given")
     if wanted is not None or not loras:
-        base = resolve_base(wanted or "auto", announce=click.echo)
+        base = resolve_base(
+            wanted or "auto", click.echo, revision, allow_pickle=allow_pickle, cache_dir=default_folder()
+        )
         reason = f"--base; {base.reason}" if wanted else base.reason
     else:
         base, where = trained_base(loras[0], announce=click.echo)
@@ -217,7 +226,7 @@ def _load(base: Base, used: Sequence[_Used], precision: str, replaced: dict[str,
 
     device = choose_device()
     dtype = inference_dtype(device) if precision == "auto" else choose_precision(precision, device).dtype
-    forced: dict[str, str] = next((found for u in used if (found := trained_schedule(u.file))), {})
+    forced: dict[str, Any] = next((found for u in used if (found := trained_schedule(u.file))), {})
     for setting, value in forced.items():
         click.echo(f"{setting.replace('_', ' ').capitalize()}: {value} (training was told so)")
     parts = load_parts(base, **replaced, **forced)

@@ -142,6 +142,6 @@ def require_text_to_image(path: Path, in_channels: int) -> None:
     if in_channels != 4:
         what = _OTHER_INPUTS.get(in_channels, "made for another purpose")
         raise ModelError(
-            f"{path} is {what}: its denoiser takes {in_channels} channels, and 4 are needed. Train on the text-to-image "
-            "model that it was made from; the LoRA will load in both"
+            f"{path} is {what}: its denoiser takes {in_channels} channels, and 4 are needed. Train on the "
+            "text-to-image model that it was made from; the LoRA will load in both"
         )

@@ -52,7 +52,7 @@ def load_component(cls: Any, folder: Path, name: str) -> Any:
     """Loads `folder/name` with a diffusers or transformers class, in fp32.
 
     Raises:
-        ModelError: if it is missing, damaged, or has weights in pickle files only.
+        ModelError: if it is missing, damaged, incomplete, or has weights in pickle files only.
     """
     place = folder / name
     if not place.is_dir():
@@ -66,11 +66,19 @@ def load_component(cls: Any, folder: Path, name: str) -> Any:
             raise ModelError(f"{place} holds no .safetensors weights{hint}")
         options |= {"use_safetensors": True, "variant": variant or None}
         options["dtype" if cls.__module__.startswith("transformers") else "torch_dtype"] = torch.float32
+        options["output_loading_info"] = True
     try:
         with quiet():
-            return cls.from_pretrained(place, **options)
+            loaded = cls.from_pretrained(place, **options)
     except Exception as error:  # the libraries raise a dozen kinds for a damaged folder
         raise ModelError(f"cannot load {place}: {_first_line(error)}") from error
+    if "output_loading_info" not in options:
+        return loaded
+    model, info = loaded
+    if lost := sorted(info["missing_keys"]):  # the libraries would leave them at random
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise ModelError(f"{place} is incomplete: its weights lack {lost[0]}{more}; download it again")
+    return model
 
 
 @contextmanager

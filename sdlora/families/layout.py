@@ -74,8 +74,8 @@ class Component:
         source = self.source(path)
         return source is not None and source.name in self.section
 
-    def key(self, path: str) -> str:
-        """Returns the key in the file under which a weight lies.
+    def found(self, path: str) -> Source:
+        """Returns where a weight lies.
 
         Raises:
             ModelError: if the file lacks it.
@@ -86,22 +86,29 @@ class Component:
         if source.name not in self.section:
             lacking = self.prefix + source.name
             raise ModelError(f"{self.container.path} is incomplete: it has no {lacking}; download or export it again")
-        return self.section[source.name]
+        return source
+
+    def key(self, path: str) -> str:
+        """Returns the key in the file under which a weight lies; raises as `found` does."""
+        return self.section[self.found(path).name]
 
     def stored_shape(self, path: str) -> tuple[int, ...]:
         """Returns the shape of a weight as it lies in the file, its third taken.
 
         Raises:
-            ModelError: if the file lacks it.
+            ModelError: if the file lacks it, or it has no thirds.
         """
         shape = self.container.entries[self.key(path)].shape
-        source = self.source(path)
-        return (shape[0] // 3, *shape[1:]) if source is not None and source.third is not None and shape else shape
+        if self.found(path).third is None:
+            return shape
+        if not shape or shape[0] % 3:
+            raise ModelError(f"{self.container.path} is damaged: {self.key(path)} has the shape {list(shape)}")
+        return (shape[0] // 3, *shape[1:])
 
     def shape(self, path: str) -> tuple[int, ...]:
-        """Returns the shape of a weight as the model has it, see `stored_shape`."""
-        shape, source = self.stored_shape(path), self.source(path)
-        return shape[::-1] if source is not None and source.transposed else shape
+        """Returns the shape of a weight as the model has it; raises as `stored_shape` does."""
+        shape = self.stored_shape(path)
+        return shape[::-1] if self.found(path).transposed else shape
 
     def side(self, path: str, axis: int) -> int:
         """Returns one side of a weight.
@@ -116,10 +123,10 @@ class Component:
 
     def cut(self, path: str, stored: Tensor) -> Tensor:
         """Returns a weight out of the tensor under its key, a view."""
-        source = self.source(path)
-        if source is not None and source.third is not None:
+        source = self.found(path)
+        if source.third is not None:
             return stored.chunk(3)[source.third]
-        return stored.T if source is not None and source.transposed else stored
+        return stored.T if source.transposed else stored
 
     def count(self, pattern: str) -> int:
         """Counts how many weights there are whose name is the pattern with 0, 1, 2, ... in its gap."""

@@ -75,13 +75,18 @@ def resolve_base(
         cache_dir: the user's cache folder, where converted checkpoints are kept; needed with `allow_pickle`.
 
     Raises:
-        ModelError: if there is no such model, the hub cannot be reached, or it is a pickle.
+        ModelError: if there is no such model, the hub cannot be reached, it is a pickle, or a revision is asked of
+            what is not on the hub.
     """
+    path = Path(model).expanduser()
+    if revision is not None and (model in ("auto", "nano") or path.exists()):
+        raise ModelError(
+            f"--revision {revision} has no effect: the base {model} is not taken from the hub; leave it out"
+        )
     if model == "auto":
         return _automatic(announce)
     if model == "nano":
         return Base("nano", NANO, "embedded in sdlora")
-    path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise ModelError(

@@ -129,6 +129,5 @@ def _text_encoder_paths(encoder: Component, spec: TextEncoder) -> list[str]:
 
 
 def _place(component: Component, path: str) -> Place:
-    source = component.source(path)
-    third, transposed = (source.third, source.transposed) if source else (None, False)
-    return Place(component.container.path, component.key(path), third, component.stored_shape(path), transposed)
+    source, shape = component.found(path), component.stored_shape(path)
+    return Place(component.container.path, component.key(path), source.third, shape, source.transposed)

@@ -16,22 +16,12 @@ from torch import Tensor, nn
 from sdlora.adapters import Adapter, Lora, Target, find_layers, inject
 from sdlora.adapters.lora import factor_shapes
 from sdlora.errors import LoraFileError
+from sdlora.files.canonical import NAMES, made_for
+from sdlora.files.webui import printable
 
 if TYPE_CHECKING:
     from sdlora.families import Parts
     from sdlora.files.kohya import LoraFile, ModuleWeights
-
-NAMES = {
-    "sd1": "Stable Diffusion 1.x",
-    "sd2": "Stable Diffusion 2.x",
-    "sdxl": "Stable Diffusion XL",
-    "nano": "sdlora's embedded base (nano)",
-    "unknown": "an unknown model",
-}
-"""What `looks_like` returns, in words."""
-
-_WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl", 128: "nano"}
-"""Width of the text states that a denoiser attends to. Source: InvokeAI's probe; for nano, its own configuration."""
 
 _ALL = (Target(layers=("Linear", "Conv2d")),)
 
@@ -41,18 +31,7 @@ def looks_like(lora: LoraFile) -> str:
 
     Names and widths of the tensors decide; metadata, which may be missing or edited, is asked only if they are silent.
     """
-    if any(name.startswith("lora_te2_") for name in lora.modules):
-        return "sdxl"
-    for name, weights in lora.modules.items():
-        if "attn2_to_k" in name or "attn2_to_v" in name:
-            return _WIDTHS.get(weights.down.shape[1], "unknown")
-    if any(name.startswith(("lora_unet_input_blocks_", "lora_unet_output_blocks_")) for name in lora.modules):
-        return "sdxl"
-    version = lora.metadata.get("ss_base_model_version", "")
-    for start, kind in (("sdxl", "sdxl"), ("sd_v2", "sd2"), ("sd_v1", "sd1")):
-        if version.startswith(start):
-            return kind
-    return "unknown"
+    return made_for({name: weights.down.shape for name, weights in lora.modules.items()}, lora.metadata)
 
 
 def attach(parts: Parts, lora: LoraFile, strength: float = 1.0, trainable: bool = False) -> dict[str, dict[str, Lora]]:
@@ -118,7 +97,7 @@ def _require_matches(lora: LoraFile, parts: Parts, layers: Mapping[str, object])
     if lost:
         raise LoraFileError(
             f"{lora.path} does not fit {_describe(parts)}: {len(lost)} of its {len(lora.modules)} modules "
-            f"match no layer, the first is {lost[0][:120]}.\n{_advice(lora)}"
+            f"match no layer, the first is {printable(lost[0], 120)}.\n{advice(lora)}"
         )
 
 
@@ -131,18 +110,21 @@ def _fitted(
         wanted = factor_shapes(layer, weights.rank)
     except TypeError as error:
         raise LoraFileError(f"{lora.path}: {name} changes a layer that takes no LoRA here: {error}") from error
-    if tuple(map(_squeezed, (weights.down.shape, weights.up.shape))) != tuple(map(_squeezed, wanted)):
+    if tuple(map(squeezed, (weights.down.shape, weights.up.shape))) != tuple(map(squeezed, wanted)):
         wrong = f"down {list(weights.down.shape)}, up {list(weights.up.shape)}"
         needed = f"down {list(wanted[0])}, up {list(wanted[1])}"
         raise LoraFileError(
             f"{lora.path} does not fit {_describe(parts)}: {name} has {wrong}, and the layer needs {needed}.\n"
-            f"{_advice(lora)}"
+            f"{advice(lora)}"
         )
     return weights.down.reshape(wanted[0]), weights.up.reshape(wanted[1])
 
 
-def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    # SD 2's proj_in is a Linear in diffusers and a 1 x 1 convolution elsewhere; both hold the same numbers.
+def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns a weight's shape without a 1 x 1 kernel.
+
+    SD 2's proj_in is a Linear in diffusers and a 1 x 1 convolution elsewhere; both hold the same numbers.
+    """
     return shape[:2] if all(side == 1 for side in shape[2:]) else shape
 
 
@@ -152,7 +134,8 @@ def _describe(parts: Parts) -> str:
     return f"{parts.name} ({parts.family.name}" + (f", text width {width})" if width else ")")
 
 
-def _advice(lora: LoraFile) -> str:
+def advice(lora: LoraFile, option: str = "--base") -> str:
+    """Says what a LoRA that does not fit was made for, and which option names another base."""
     named = lora.metadata.get("ss_sd_model_name", "None")
     base = "" if named in ("", "None") else f" ({''.join(c for c in named if c.isprintable())[:100]})"
-    return f"The file looks as if made for {NAMES[looks_like(lora)]}{base}; choose its base with --base"
+    return f"The file looks as if made for {NAMES[looks_like(lora)]}{base}; choose its base with {option}"

@@ -1,7 +1,7 @@
-"""Telling the formats of LoRA files apart by their keys, so that one which is not read is at least called by its name.
+"""Telling what a file with LoRA-like keys is, so that one which is not read is at least called by its name.
 
-A file that is read by guess may still load, at a wrong strength or in part. So everything that is not plainly kohya's
-format is refused here, before any tensor is looked at.
+A file that is read by guess may still load, at a wrong strength or in part. So everything that is more, or other, than
+two factors and a scale for each layer is refused here, before any tensor is looked at.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sdlora.errors import LoraFileError
+from sdlora.files.webui import printable
 
 DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
 """What stands behind a module's name in the keys of a kohya file."""
@@ -20,46 +21,43 @@ _OTHERS: tuple[tuple[str, str], ...] = (  # pattern of a key, name of the format
     (r"\.hada_", "a LoHa (LyCORIS)"),
     (r"\.lokr_", "a LoKr (LyCORIS)"),
     (r"\.lora_mid\.", "a LoCon with a third, middle factor (LyCORIS, Tucker)"),
-    (r"\.oft_|\.boft_", "an OFT"),
-    (r"\.diff(_b)?$", "a file of full weight differences (LyCORIS, extracted)"),
-    (r"\.lora_[AB]\.|\.lora_[AB]$|lora_embedding_[AB]", "a peft LoRA (lora_A, lora_B)"),
-    (r"processor\..*_lora\.(down|up)\.", "an old diffusers LoRA (attention processors)"),
-    (r"\.lora\.(down|up)\.weight$|_lora\.(down|up)\.weight$", "an old diffusers LoRA (lora.down, lora.up)"),
-    (r"^(unet|text_encoder):\d+:(up|down)$", "a cloneofsimo LoRA (numbered layers)"),
-    (r"lora_linear_layer\.", "an old diffusers LoRA (lora_linear_layer)"),
+    (r"\.b?oft_", "an OFT"),
+    (r"\.[ab][12]\.weight$", "a GLoRA (LyCORIS)"),
+    (r"\.on_input$|\.ia3_", "an IA3"),
+    (r"\.(diff(_b)?|[wb]_norm|set_weight)$", "a file of full weight differences (LyCORIS, extracted)"),
+    (r"^lora_controlnet$", "a Control-LoRA"),
+    (r"\.lora_[AB](\.\w+)?\.bias$|\.lora_(down|up)\.bias$", "a LoRA with biases"),
+    (r"lora_embedding_[AB]", "a peft LoRA of an embedding table"),
+    (r"modules_to_save|\.base_layer\.", "a peft file with whole layers in it"),
+)
+
+_NO_LORA: tuple[tuple[str, str], ...] = (  # the same for files that hold no factors at all
     (r"^(emb_params|clip_[lg]|<.*>|string_to_param.*)$", "a textual inversion embedding"),
     (r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.", "a whole checkpoint"),
     (r"^(down_blocks|mid_block|encoder|decoder|text_model|transformer_blocks)\.", "a whole model, or a part of one"),
 )
 
+_FACTOR = r"lora_(down|up|[AB])\b|[._]lora\.(down|up)\.|lora_linear_layer\.|^(unet|text_encoder):\d+:"
 
-def require_kohya(path: Path, keys: Iterable[str]) -> list[str]:
-    """Returns the names of the modules of a kohya file, in the order of their keys.
+
+def refuse_others(path: Path, keys: Iterable[str]) -> None:
+    """Checks that a file may be a plain LoRA.
 
     Args:
         path: for messages.
         keys: all of the file's keys.
 
     Raises:
-        LoraFileError: if it is in another format, which is named, or holds a key that belongs to no module.
+        LoraFileError: if there are none, or they are those of another format, which is named.
     """
     keys = list(keys)
     if not keys:
         raise LoraFileError(f"{path} holds no tensors at all; export it again")
-    for pattern, name in _OTHERS:
+    plain = any(re.search(_FACTOR, key) for key in keys)
+    for pattern, name in _OTHERS if plain else (*_OTHERS, *_NO_LORA):
         found = next((key for key in keys if re.search(pattern, key)), None)
         if found is not None:
             raise LoraFileError(
-                f"{path} is {name}, which is not read yet (its key {found[:120]!r}); kohya LoRA files are read"
+                f"{path} is {name}, not a plain LoRA, and is not read (its key {printable(found, 120)!r}); read are "
+                "LoRA files of kohya, diffusers, peft and cloneofsimo"
             )
-    modules: dict[str, None] = {}
-    for key in keys:
-        suffix = next((s for s in (DOWN, UP, ALPHA) if key.endswith(s)), None)
-        name = key.removesuffix(suffix) if suffix else ""
-        if not name or "." in name:
-            raise LoraFileError(
-                f"{path} is no kohya LoRA: its key {key[:120]!r} is not a module name, one dot and "
-                "lora_down.weight, lora_up.weight or alpha"
-            )
-        modules[name] = None
-    return list(modules)

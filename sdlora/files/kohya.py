@@ -19,15 +19,15 @@ from torch import Tensor
 
 from sdlora.adapters import Lora
 from sdlora.atomic import write_bytes
-from sdlora.container import Container, legacy_hash, model_hash, open_container, serialize
+from sdlora.container import legacy_hash, model_hash, serialize
 from sdlora.errors import LoraFileError
-from sdlora.files.formats import ALPHA, DOWN, UP, require_kohya
+from sdlora.files.dialects import find_modules
+from sdlora.files.formats import ALPHA, DOWN, UP
+from sdlora.files.places import DTYPE_WORDS
+from sdlora.files.webui import printable
 
 if TYPE_CHECKING:
     from sdlora.families import Family
-
-DTYPE_WORDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
-"""Number formats that LoRA tensors are read from, and their names in `output.save_dtype`."""
 
 
 def update_norm(down: Tensor, up: Tensor, scale: float) -> float:
@@ -80,6 +80,7 @@ class LoraFile:
         dtype: number format of the factors; the first module's where they differ.
         notes: what is unusual, in sentences for the user.
         model_hash: sha256 of the tensors' bytes, recomputed; `sshs_model_hash` should be equal to it.
+        format: whose spelling the file has, e.g. `kohya` or `diffusers`.
     """
 
     path: Path
@@ -88,60 +89,45 @@ class LoraFile:
     dtype: torch.dtype
     notes: tuple[str, ...] = field(default=())
     model_hash: str = ""
+    format: str = "kohya"
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Reads a LoRA file.
+    """Reads a LoRA file in any dialect; its modules get the names that kohya's format gives them.
+
+    Args:
+        path: the file, or a folder that diffusers or peft saved.
 
     Raises:
-        LoraFileError: if it is missing, damaged, in another format, incomplete, or holds values that are no numbers.
+        LoraFileError: if it is missing, damaged, no plain LoRA, incomplete, or holds values that are no numbers.
     """
     path = Path(path)
-    container = open_container(path)
-    names = require_kohya(path, container.entries)
-    _require_complete(container, names)
-    data = container.data()
-    tensors = container.tensors(data)
+    found = find_modules(path)
+    digest, tensors = hashlib.sha256(), {}
+    for container in found.containers:
+        data = container.data()
+        digest.update(data)
+        tensors[container.path] = container.tensors(data)
+        del data  # before the next file's is read
     modules, without_alpha = {}, []
-    for name in names:
-        down, up, alpha = tensors[name + DOWN], tensors[name + UP], tensors.get(name + ALPHA)
+    for name, module in found.modules.items():
+        values = {role: tensors[place.container.path][place.key] for role, place in module.places.items()}
+        alpha = values[ALPHA].double().item() if ALPHA in values else module.alpha
         if alpha is None:
             without_alpha.append(name)
-        rank = down.shape[0]
-        modules[name] = ModuleWeights(down, up, float(rank) if alpha is None else alpha.double().item())
+            alpha = float(values[DOWN].shape[0])
+        modules[name] = ModuleWeights(values[DOWN], values[UP], alpha)
         _require_finite(path, name, modules[name])
     first = next(iter(modules.values()))
     return LoraFile(
-        path,
+        found.containers[0].path if len(found.containers) == 1 else path,
         modules,
-        container.metadata,
+        found.metadata,
         first.down.dtype,
-        _notes(modules, without_alpha),
-        hashlib.sha256(data).hexdigest(),
+        (*found.notes, *_notes(modules, without_alpha)),
+        digest.hexdigest(),
+        found.format,
     )
-
-
-def _require_complete(container: Container, names: list[str]) -> None:
-    """Checks partners, number formats and shapes from the header alone."""
-    path, entries = container.path, container.entries
-    for name in names:
-        for have, lack in ((UP, DOWN), (DOWN, UP)):
-            if name + lack not in entries:
-                there = have if name + have in entries else ALPHA
-                raise LoraFileError(f"{path}: {name} has {there[1:]} but no {lack[1:]}; the file is incomplete")
-        down, up = entries[name + DOWN], entries[name + UP]
-        for suffix, entry in ((DOWN, down), (UP, up)):
-            if entry.dtype not in DTYPE_WORDS:
-                raise LoraFileError(f"{path}: {name}{suffix} holds {entry.dtype}; LoRA factors are floating point")
-        fits = len(down.shape) == len(up.shape) and len(down.shape) in (2, 4) and down.shape[0] == up.shape[1]
-        if not fits or 0 in down.shape or 0 in up.shape or any(side != 1 for side in up.shape[2:]):
-            raise LoraFileError(
-                f"{path}: the factors of {name} do not fit together: down {list(down.shape)}, up {list(up.shape)}; "
-                "expected are [r, in] with [out, r], or [r, in, kh, kw] with [out, r, 1, 1]"
-            )
-        alpha = entries.get(name + ALPHA)
-        if alpha is not None and alpha.shape not in ((), (1,)):
-            raise LoraFileError(f"{path}: alpha of {name} has shape {list(alpha.shape)}; it must be one number")
 
 
 def _require_finite(path: Path, name: str, weights: ModuleWeights) -> None:
@@ -149,11 +135,11 @@ def _require_finite(path: Path, name: str, weights: ModuleWeights) -> None:
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             raise LoraFileError(
-                f"{path}: {name}{suffix} holds {bad} values that are infinite or not a number; "
+                f"{path}: {printable(name)}{suffix} holds {bad} values that are infinite or not a number; "
                 "it would turn pictures black. Train or download it again"
             )
     if not math.isfinite(weights.alpha):
-        raise LoraFileError(f"{path}: alpha of {name} is {weights.alpha}; train or download the file again")
+        raise LoraFileError(f"{path}: alpha of {printable(name)} is {weights.alpha}; train or download the file again")
 
 
 def _notes(modules: Mapping[str, ModuleWeights], without_alpha: list[str]) -> tuple[str, ...]:
@@ -210,11 +196,16 @@ def module_tensors(modules: Mapping[str, ModuleWeights], dtype: torch.dtype) -> 
     tensors = {}
     for name, weights in modules.items():
         exact = {name + DOWN: weights.down, name + UP: weights.up, name + ALPHA: torch.tensor(weights.alpha)}
-        tensors |= {key: _cast(key, value, dtype) for key, value in exact.items()}
+        tensors |= {key: cast(key, value, dtype) for key, value in exact.items()}
     return tensors
 
 
-def _cast(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a value rounded to a file's number format, in memory of its own, which the writer asks for.
+
+    Raises:
+        LoraFileError: if it is not finite before or after, or an alpha that vanishes.
+    """
     if not torch.isfinite(value).all():
         raise LoraFileError(
             f"cannot write {key}: it holds infinite values or values that are not a number; the training has broken "
@@ -227,7 +218,7 @@ def _cast(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
             f"cannot write {key} as {DTYPE_WORDS.get(dtype, dtype)}: {value.abs().max():.4g} is out of its range; "
             'use output.save_dtype = "bf16" or "fp32"'
         )
-    return rounded.clone()  # of its own memory, which the writer asks for
+    return rounded.clone()
 
 
 def write_lora(

@@ -18,7 +18,7 @@ from sdlora.config_io import to_toml
 from sdlora.files.shareable import repository, shareable, without_folders
 
 if TYPE_CHECKING:
-    from sdlora.families import Parts
+    from sdlora.families import Family, Parts
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,16 @@ def training_metadata(
     return {key: str(value).encode("utf-8", "replace").decode("utf-8") for key, value in values.items()}
 
 
+def family_metadata(family: Family, prediction: str) -> dict[str, str]:
+    """Returns what loaders tell a file's kind by: the family's `ss_*` and `modelspec.*` facts.
+
+    Args:
+        family: of the base.
+        prediction: "epsilon" or "v_prediction".
+    """
+    return {**family.metadata, **(family.v_metadata if prediction == "v_prediction" else {})}
+
+
 def _progress(progress: Progress) -> dict[str, Any]:
     return {
         "ss_steps": progress.step,
@@ -153,10 +163,10 @@ def _network(config: Config) -> dict[str, Any]:
 
 
 def _base_model(config: Config, parts: Parts) -> dict[str, Any]:
-    v = "_v" if parts.schedule.prediction == "v_prediction" else ""
+    facts = family_metadata(parts.family, parts.schedule.prediction)
     return {
-        "ss_v2": parts.family.metadata["ss_v2"],
-        "ss_base_model_version": parts.family.metadata["ss_base_model_version"] + v,
+        "ss_v2": facts["ss_v2"],
+        "ss_base_model_version": facts["ss_base_model_version"],
         "ss_sd_model_name": repository(parts.name),
         "ss_sd_model_hash": None,
         "ss_new_sd_model_hash": None,
@@ -164,7 +174,7 @@ def _base_model(config: Config, parts: Parts) -> dict[str, Any]:
         "ss_vae_hash": None,
         "ss_new_vae_hash": None,
         "ss_clip_skip": config.base.clip_skip,
-        "ss_max_token_length": None,
+        "ss_max_token_length": config.base.max_tokens if config.base.max_tokens > 75 else None,
     }
 
 
@@ -272,10 +282,11 @@ def _ours(config: Config, parts: Parts) -> dict[str, Any]:
 def _modelspec(config: Config, parts: Parts, progress: Progress, output_name: str, resolution: int) -> dict[str, Any]:
     moment = progress.started_at if progress.finished_at is None else progress.finished_at
     date = datetime.datetime.fromtimestamp(moment, datetime.UTC).replace(microsecond=0, tzinfo=None)
+    facts = family_metadata(parts.family, parts.schedule.prediction)
     values = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": parts.family.metadata["modelspec.architecture"],
-        "modelspec.implementation": parts.family.metadata["modelspec.implementation"],
+        "modelspec.architecture": facts["modelspec.architecture"],
+        "modelspec.implementation": facts["modelspec.implementation"],
         "modelspec.title": output_name,
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.date": date.isoformat(),

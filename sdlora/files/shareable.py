@@ -13,10 +13,10 @@ from sdlora.config import Config
 
 
 def shareable(name: str) -> str:
-    """Returns a base's name as it may stand in a file for others: of a folder only its own name.
+    """Returns a base's name as it may stand in a file for others: of a path only its last part.
 
     Args:
-        name: an alias or a hub id, which stay as they are, or a folder.
+        name: an alias or a hub id, which stay as they are, or a path.
     """
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".") and not Path(name).exists():
         return name
@@ -32,7 +32,8 @@ def repository(name: str) -> str:
 
 def without_folders(config: Config) -> Config:
     """Keeps of every path its last part: a shared file tells nobody's user name."""
-    sections: dict[str, Any] = {"base": config.base.model_copy(update={"model": shareable(config.base.model)})}
+    named = {key: shareable(name) for key in ("model", "vae", "text_encoders") if (name := getattr(config.base, key))}
+    sections: dict[str, Any] = {"base": config.base.model_copy(update=named)}
     for name in ("data", "samples", "output"):
         section = getattr(config, name)
         paths = {key: Path(_last(str(value))) for key, value in section if isinstance(value, Path)}

@@ -41,6 +41,29 @@ def forge_version(metadata: Mapping[str, str]) -> str:
     return "SD1" if architecture == "stable-diffusion-v1/lora" else "Unknown"
 
 
+def listing_notes(version: str, expected: str | None) -> list[str]:
+    """Says, in sentences, where a WebUI will not show a LoRA as its owner expects.
+
+    Args:
+        version: the class that the WebUI gives it.
+        expected: the class of the base that it is for; `None` if no WebUI can load such a base.
+    """
+    if expected is None or version == expected:
+        return []
+    if version == "Unknown":
+        return [f"cannot tell from the metadata that it is for {expected}, and lists it as Unknown"]
+    return [f"takes it for {version}, and hides it while an {expected} model is loaded; <lora:NAME:1> still works"]
+
+
+def alias(metadata: Mapping[str, str], stem: str) -> str:
+    """Returns the name by which the WebUIs call a LoRA in a prompt, as long as no other file has it too.
+
+    Source: `get_alias` in AUTOMATIC1111 1.10.1's `extensions-builtin/Lora/network.py`; "none" is reserved there.
+    """
+    name = metadata.get("ss_output_name", stem)
+    return stem if name.lower() == "none" else name
+
+
 def printable(text: str, length: int = 200) -> str:
     """Makes a stranger's text safe for a terminal: one line, no control characters, at most `length` letters."""
     line = "".join(c if c.isprintable() else " " for c in text)

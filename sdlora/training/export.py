@@ -16,8 +16,10 @@ from sdlora.config import Config
 from sdlora.data.captions import tag_frequency
 from sdlora.data.dataset import Dataset
 from sdlora.families import Parts
+from sdlora.files import loaders
 from sdlora.files.certify import Certificate, certify
 from sdlora.files.kohya import write_lora
+from sdlora.files.loaders import require_loadable, write_certificate
 from sdlora.files.metadata import Progress, training_metadata
 from sdlora.files.sidecars import write_sidecars
 from sdlora.training.device import DTYPES
@@ -54,7 +56,8 @@ class Exporter:
         """Writes the adapters as they are after `step` steps, reads the file back and certifies it.
 
         Raises:
-            LoraFileError: if the values do not fit the file's number format or the file is not what was trained.
+            LoraFileError: if the values do not fit the file's number format, the file is not what was trained, or a
+                program would lose a part of it.
             TrainingError: if it cannot be written.
         """
         # The final name is given only to a file that has been certified.
@@ -66,10 +69,12 @@ class Exporter:
                 self._metadata(path.stem, step),
                 DTYPES[self.config.output.save_dtype],
             )
+            require_loadable(loaders.certificate(temporary, loaders.layout_of(self.parts)))
             return certify(temporary, self.adapters, self.parts)
 
     def sidecars(self, path: Path, preview: Image.Image | None) -> None:
-        """Writes the files that WebUIs look for beside a LoRA: activation text and preview."""
+        """Writes what lies beside a LoRA: activation text and preview for WebUIs, and what those make of the file."""
+        write_certificate(path, loaders.layout_of(self.parts))
         write_sidecars(
             path,
             trigger=self.config.data.trigger,

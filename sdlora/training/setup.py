@@ -58,7 +58,13 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
     device = choose_device()
     precision = choose_precision(config.train.precision, device)
     attention, attention_reason = choose_attention(config.train.attention, device, precision.dtype)
-    base = resolve_base(config.base.model, reporter.say, config.base.revision)
+    base = resolve_base(
+        config.base.model,
+        reporter.say,
+        config.base.revision,
+        allow_pickle=config.base.allow_pickle,
+        cache_dir=cache.folder,
+    )
     reporter.say(f"Base: {base.name} ({identify(base.path, config.base.family).title}; {base.reason})")
     resolution = config.data.resolution or native_resolution(base.path)
     num_pictures, counts = bucket_counts(pictures.examples, config.data, resolution)

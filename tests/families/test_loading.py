@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sdlora.errors import ModelError
 from sdlora.families import Base, identify, load_parts, native_resolution, resolve_base
@@ -92,15 +93,38 @@ def test_half_precision_variants_load(copy_of):
 @pytest.mark.parametrize(
     ("file", "changes", "match"),
     [
-        ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}, "SD 1.x only"),
-        ("unet/config.json", {"use_linear_projection": True}, r"Stable Diffusion 2\.x"),
-        ("unet/config.json", {"in_channels": 9}, "9 input channels"),
+        ("model_index.json", {"transformer": ["diffusers", "SD3Transformer2DModel"]}, "is a StableDiffusionPipeline;"),
+        ("unet/config.json", {"in_channels": 9}, "an inpainting model: its denoiser takes 9 channels"),
+        ("unet/config.json", {"in_channels": 8}, "an image-editing model"),
+        ("unet/config.json", {"in_channels": 5}, "a depth model"),
     ],
 )
-def test_other_families_are_told_apart(copy_of, file, changes, match):
+def test_what_cannot_be_trained_is_called_by_its_name(copy_of, file, changes, match):
     edit(copy_of / file, **changes)
     with pytest.raises(ModelError, match=match):
         identify(copy_of)
+
+
+def test_the_refiner_is_refused(copy_of):
+    edit(copy_of / "model_index.json", text_encoder=[None, None], text_encoder_2=["transformers", "X"])
+    with pytest.raises(ModelError, match="refiner"):
+        identify(copy_of)
+
+
+@pytest.mark.parametrize(("part", "key"), [("unet", "conv_in.bias"), ("text_encoder", "final_layer_norm.bias")])
+def test_weights_that_lack_a_tensor_are_not_made_up(copy_of, part, key):
+    [file] = (copy_of / part).glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors[key]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=f"{part} is incomplete: its weights lack {key};"):
+        load_parts(Base("x", copy_of, ""))
+
+
+@pytest.mark.parametrize("model", ["auto", "nano"])
+def test_a_revision_of_what_is_not_on_the_hub_is_refused(model):
+    with pytest.raises(ModelError, match="--revision main has no effect"):
+        resolve_base(model, revision="main")
 
 
 def test_unknown_names_list_what_is_known():

@@ -1,8 +1,5 @@
 """diffusers loads our file whole, and computes with it what we do."""
 
-import logging
-
-import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -10,27 +7,6 @@ from peft.tuners.lora import LoraLayer
 
 from sdlora.files.attach import attach
 from sdlora.files.kohya import read_lora, write_lora
-
-
-@pytest.fixture
-def complaints():
-    """What diffusers and peft log while the test runs: keys that were left over, keys that were missing."""
-    lines: list[str] = []
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    collector = Collector(logging.WARNING)
-    loggers = [logging.getLogger(name) for name in ("diffusers", "peft", "transformers")]
-    before = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_warning()
-    for logger in loggers:
-        logger.addHandler(collector)
-    yield lines
-    for logger in loggers:
-        logger.removeHandler(collector)
-    diffusers.utils.logging.set_verbosity(before)
 
 
 def outputs(parts) -> tuple[torch.Tensor, torch.Tensor]:

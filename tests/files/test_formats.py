@@ -8,39 +8,80 @@ from sdlora.errors import LoraFileError
 from sdlora.files.kohya import read_lora
 
 MODULE = "lora_unet_mid_block_attentions_0_proj_in"
+FACTORS = {f"{MODULE}.lora_down.weight": torch.ones(1, 2), f"{MODULE}.lora_up.weight": torch.ones(2, 1)}
 
 
 @pytest.mark.parametrize(
     ("key", "name"),
     [
-        ("unet.down_blocks.0.attentions.0.proj_in.lora_A.weight", "a peft LoRA"),
-        ("base_model.model.mid_block.attentions.0.proj_in.lora_B.default.weight", "a peft LoRA"),
-        ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_k_lora.down.weight", "an old diffusers"),
-        ("text_encoder.text_model.encoder.layers.0.self_attn.k_proj.lora_linear_layer.up.weight", "an old diffusers"),
-        ("unet.mid_block.attentions.0.proj_in.lora.up.weight", "an old diffusers"),
-        ("unet:9:up", "a cloneofsimo LoRA"),
         (f"{MODULE}.dora_scale", "a DoRA"),
+        ("unet.mid_block.attentions.0.proj_in.lora_magnitude_vector", "a DoRA"),
         (f"{MODULE}.hada_w1_a", "a LoHa"),
         (f"{MODULE}.lokr_w1", "a LoKr"),
         (f"{MODULE}.lora_mid.weight", "a LoCon with a third, middle factor"),
         (f"{MODULE}.oft_blocks", "an OFT"),
+        (f"{MODULE}.on_input", "an IA3"),
+        (f"{MODULE}.b1.weight", "a GLoRA"),
         (f"{MODULE}.diff", "a file of full weight differences"),
+        (f"{MODULE}.w_norm", "a file of full weight differences"),
+        ("lora_controlnet", "a Control-LoRA"),
+        ("unet.mid_block.attentions.0.proj_in.lora_B.bias", "a LoRA with biases"),
+        ("base_model.model.embeddings.lora_embedding_A", "a peft LoRA of an embedding table"),
+        ("base_model.model.conv_in.modules_to_save.weight", "a peft file with whole layers in it"),
+    ],
+)
+def test_one_key_of_another_format_is_enough_to_name_it(tmp_path, key, name):
+    path = tmp_path / "other.safetensors"
+    save_file({**FACTORS, key: torch.ones(2)}, path)
+    with pytest.raises(LoraFileError, match=f"{name}.*not a plain LoRA, and is not read"):
+        read_lora(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
         ("emb_params", "a textual inversion embedding"),
+        ("<s1>", "a textual inversion embedding"),
         ("model.diffusion_model.input_blocks.0.0.weight", "a whole checkpoint"),
         ("down_blocks.0.resnets.0.conv1.weight", "a whole model"),
     ],
 )
-def test_other_formats_are_named(tmp_path, key, name):
+def test_a_file_that_is_no_lora_at_all_is_called_what_it_is(tmp_path, key, name):
     path = tmp_path / "other.safetensors"
-    usual = {f"{MODULE}.lora_down.weight": torch.ones(1, 2), f"{MODULE}.lora_up.weight": torch.ones(2, 1)}
-    save_file({**usual, key: torch.ones(2)}, path)  # one such key among kohya's own is enough
-    with pytest.raises(LoraFileError, match=f"{name}.*not read yet"):
+    save_file({key: torch.ones(2)}, path)
+    with pytest.raises(LoraFileError, match=f"{name}.*not a plain LoRA"):
+        read_lora(path)
+    save_file({**FACTORS, key: torch.ones(2)}, path)
+    with pytest.raises(LoraFileError, match="1 of its 3 keys belong to no layer"):
         read_lora(path)
 
 
-@pytest.mark.parametrize("key", [f"{MODULE}.weight", "lora_unet.mid.alpha", ".alpha", "position_ids", f"{MODULE}.bias"])
-def test_a_key_that_belongs_to_no_module_is_refused(tmp_path, key):
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"{MODULE}.weight",
+        f"{MODULE}.bias",
+        f"{MODULE}.lora_down.weight\n",
+        "lora_unet.mid.alpha",
+        ".alpha",
+        "position_ids",
+        "unet.somewhere.to_k.lora_A.weight",
+        "vae.encoder.conv_in.lora_A.weight",
+        "text_encoder.down_blocks.0.attentions.0.proj_in.lora_A.weight",
+        "unet.mid_block.attentions.0.proj_in.lora_C.weight",
+    ],
+)
+def test_a_key_that_belongs_to_no_layer_is_refused_by_its_name(tmp_path, key):
     path = tmp_path / "surplus.safetensors"
-    save_file({key: torch.ones(1)}, path)
-    with pytest.raises(LoraFileError, match="no kohya LoRA: its key"):
+    save_file({**FACTORS, key: torch.ones(1)}, path)
+    with pytest.raises(LoraFileError, match="1 of its 3 keys belong to no layer") as refused:
         read_lora(path)
+    assert key.strip() in str(refused.value)
+
+
+def test_a_hostile_key_is_shown_without_its_control_characters(tmp_path):
+    path = tmp_path / "hostile.safetensors"
+    save_file({**FACTORS, "\x1b[2Junet.x" + "y" * 999: torch.ones(1)}, path)
+    with pytest.raises(LoraFileError) as refused:
+        read_lora(path)
+    assert "\x1b" not in str(refused.value) and len(str(refused.value)) < 400

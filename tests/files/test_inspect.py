@@ -109,7 +109,7 @@ def test_what_cannot_be_read_ends_with_code_2_and_the_reason(capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         inspect(capsys, path)
     assert stop.value.code == 2
-    assert "is a web page, not a LoRA" in capsys.readouterr().err
+    assert "is a web page, not a model" in capsys.readouterr().err
 
 
 def test_no_model_library_is_loaded_for_it(written):

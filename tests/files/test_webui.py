@@ -3,7 +3,7 @@
 import pytest
 
 from sdlora.families import FAMILIES
-from sdlora.files.webui import a1111_version, forge_version, printable
+from sdlora.files.webui import a1111_version, alias, forge_version, listing_notes, printable
 
 XL, V1 = "stable-diffusion-xl-v1-base/lora", "stable-diffusion-v1/lora"
 FLUX = "https://github.com/black-forest-labs/flux"
@@ -32,6 +32,20 @@ def test_classes(metadata, a1111, forge):
 
 def test_our_files_are_shown_beside_their_base():
     assert a1111_version(FAMILIES["sd1"].metadata) == forge_version(FAMILIES["sd1"].metadata) == "SD1"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "name"),
+    [({}, "file"), ({"ss_output_name": "run7"}, "run7"), ({"ss_output_name": "None"}, "file")],
+)
+def test_the_name_in_a_prompt(metadata, name):
+    assert alias(metadata, "file") == name
+
+
+def test_what_is_not_shown_is_said():
+    assert listing_notes("SD1", "SD1") == listing_notes("SD1", None) == []
+    assert "lists it as Unknown" in listing_notes("Unknown", "SDXL")[0]
+    assert "takes it for SD1, and hides it while an SDXL model is loaded" in listing_notes("SD1", "SDXL")[0]
 
 
 def test_strangers_texts_are_made_harmless():

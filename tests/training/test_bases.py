@@ -1,12 +1,10 @@
 """The whole line for every family, from every form that a base comes in: train, export, and load in diffusers."""
 
 import json
-import logging
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from diffusers.utils import logging as diffusers_logging
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 
@@ -51,27 +49,6 @@ def _copy_denoiser(file, target):
     with safe_open(file, "pt") as opened:
         keys = [key for key in opened.keys() if key.startswith("model.diffusion_model.")]  # noqa: SIM118
         save_file({key: opened.get_tensor(key) for key in keys}, target, opened.metadata())
-
-
-@pytest.fixture
-def complaints():
-    """What diffusers and peft log while the test runs."""
-    lines: list[str] = []
-
-    class Collector(logging.Handler):
-        def emit(self, record):
-            lines.append(record.getMessage())
-
-    collector = Collector(logging.WARNING)
-    loggers = [logging.getLogger(name) for name in ("diffusers", "peft", "transformers")]
-    before = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_warning()
-    for logger in loggers:
-        logger.addHandler(collector)
-    yield lines
-    for logger in loggers:
-        logger.removeHandler(collector)
-    diffusers_logging.set_verbosity(before)
 
 
 def settings(style_dir, tmp_path, **flags):

@@ -127,6 +127,7 @@ def test_a_run_leaves_everything_it_promises(settings):
     assert found == {
         "config.toml",
         "metrics.jsonl",
+        "certificate.json",
         "mine.safetensors",
         "mine.json",
         "mine.png",
@@ -166,8 +167,8 @@ def test_training_changes_the_adapters_only(settings, monkeypatch):
     seen = {}
     load = building.load_parts
 
-    def spy(base, **options):
-        seen["parts"] = load(base, **options)
+    def spy(*arguments):
+        seen["parts"] = load(*arguments)
         seen["before"] = [state_hash(m) for m in (*seen["parts"].components.values(), seen["parts"].vae)]
         return seen["parts"]
 
@@ -326,7 +327,9 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_again(settings):
 
 def test_the_base_that_auto_chose_is_written_down(settings, monkeypatch):
     real = building.resolve_base
-    monkeypatch.setattr(building, "resolve_base", lambda model, say: real("nano" if model == "auto" else model, say))
+    monkeypatch.setattr(
+        building, "resolve_base", lambda model, *rest, **more: real("nano" if model == "auto" else model)
+    )
     half = train(settings(base__model="auto", train__stop_at=1, train__steps=2, data__resolution=64))
     assert load_config(half.folder / "config.toml").base.model == "nano"
     assert go_on(half.folder).finished

@@ -1,0 +1,61 @@
+"""What the commands on LoRA files share: reading with the reader's remarks said aloud, options, sizes in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sdlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sdlora.files.kohya import LoraFile
+    from sdlora.files.svd import Keep
+
+FORMATS = ("fp16", "bf16", "fp32")
+
+
+def dtype_option(default: str) -> Callable[..., Any]:
+    """Returns the option `--dtype`.
+
+    Args:
+        default: what holds without it, for the help.
+    """
+    return click.option("--dtype", type=click.Choice(FORMATS), help=f"Number format of the file. Default: {default}.")
+
+
+def read_aloud(path: Path) -> LoraFile:
+    """Reads a LoRA file and prints what is unusual about it."""
+    from sdlora.files.kohya import read_lora
+    from sdlora.files.webui import printable
+
+    lora = read_lora(path)
+    for note in lora.notes:
+        click.echo(f"Note: {printable(path.name)}: {printable(note)}")
+    return lora
+
+
+def the_rule(given: Mapping[str, float | None]) -> tuple[Keep, str]:
+    """Returns the rule that finds ranks, and its words, e.g. energy 0.95.
+
+    Args:
+        given: what the user gave, by name of a rule; exactly one must be there.
+
+    Raises:
+        ConfigError: if none is, or several.
+    """
+    from sdlora.files.svd import RULES
+
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if len(chosen) != 1:
+        choice = " or ".join(f"--{name}" for name in given)
+        raise ConfigError(f"give {choice}" + (f", one of them; got {' and '.join(chosen)}" if chosen else ""))
+    ((name, value),) = chosen.items()
+    return RULES[name](value), f"{name} {value:g}"
+
+
+def megabytes(path: Path) -> str:
+    """Returns a file's size in words."""
+    return f"{path.stat().st_size / 1e6:.2f} MB"
