@@ -14,6 +14,7 @@ from PIL import Image
 from sdlora.cli.main import COMMANDS, cli, main
 from sdlora.config import all_settings
 from sdlora.config_io import load_config
+from sdlora.families.save_single import save_single
 
 ROOT = Path(__file__).parent.parent
 
@@ -173,17 +174,21 @@ def test_demo_leaves_a_grid(capsys, workplace):
     assert (workplace / "runs" / "demo" / "demo.safetensors").is_file()
 
 
-def test_every_readme_command_runs(capsys, workplace):
+def test_every_readme_command_runs(capsys, workplace, tiny_sd1):
     commands = readme_commands()[2:]  # the first two are run by .ci/run
-    assert len(commands) >= 6
+    assert len(commands) >= 14
     assert run(capsys, "demo", "--steps", "1")[0] == 0
+    save_single(tiny_sd1, workplace / "model.safetensors")
+    (workplace / "stable-diffusion-webui" / "models" / "Stable-diffusion").mkdir(parents=True)
     for command in commands:
         words = shlex.split(command)
         assert words[0] == "sdlora", command
         target = None
         if ">" in words:
             words, target = words[: words.index(">")], words[-1]
-        if words[1] == "train":
+        if words[1] == "train" and "--base" in words:
+            words += [*SHORT[:-2], "--resolution", "64", "--learning-rate", "0.01"]
+        elif words[1] == "train":
             words += [*SHORT, "--output", f"runs/{len(list(Path('runs').iterdir()))}"]
         if words[1] == "sample":
             words += ["--steps", "2"] if "--s" not in command else []

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders side by side, a pooled text, and a denoiser that is told the picture's size."""
+"""Stable Diffusion XL: two text encoders side by side, a pooled text, and a denoiser that is told a picture's size."""
 
 from __future__ import annotations
 

@@ -110,29 +110,30 @@ def changed(container: Container, key: str, changes: Sequence[Change]) -> Tensor
     """Reads a weight and adds changes to it, in fp32 or better; rounds once, to the format it is stored in.
 
     Raises:
-        ModelError: if a value is not finite before or after.
+        ModelError: if a value is not finite before, or afterwards lies beyond what the format holds.
     """
     stored = container.read(key)
     dtype = stored.dtype
     value = stored.to(torch.float64 if dtype == torch.float64 else torch.float32)
     del stored
-    _require_finite(value, f"{printable(key)} of {container.path} holds", "the base is damaged; download it again")
+    where = f"{printable(key)} of {container.path}"
+    if bad := _beyond(value, dtype):
+        raise ModelError(f"{where} holds {bad} values that are infinite or not a number; download the base again")
     for change in changes:
         change.add_to(value)
-    rounded = value.to(dtype)
-    _require_finite(
-        rounded,
-        f"with the LoRA, {printable(key)} of {container.path} would hold, as {_word(dtype)},",
-        "nothing was written. Lower the strength, or check the LoRA",
-    )
-    return rounded
+    if bad := _beyond(value, dtype):
+        raise ModelError(
+            f"with the LoRA, {bad} values of {where} are too large for {_word(dtype)}, or not a number; nothing was "
+            "written. Lower the strength, or check the LoRA"
+        )
+    return value.to(dtype)
+
+
+def _beyond(value: Tensor, dtype: torch.dtype) -> int:
+    """Counts what a number format does not hold. Rounding would not tell: to fp8 (e4m3), torch cuts off in silence."""
+    largest = torch.finfo(dtype).max
+    return sum(int((~(rows.abs() <= largest)).sum()) for rows in value.flatten().split(1 << 20))
 
 
 def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _require_finite(value: Tensor, what: str, advice: str) -> None:
-    bad = sum(int((~torch.isfinite(rows.float())).sum()) for rows in value.flatten().split(1 << 20))
-    if bad:
-        raise ModelError(f"{what} {bad} values that are infinite or not a number; {advice}")
