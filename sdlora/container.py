@@ -80,7 +80,7 @@ class Container:
     header_bytes: int
     error: type[SdloraError] = LoraFileError
 
-    def data(self) -> bytes:
+    def data(self) -> bytearray:
         """Reads everything behind the header.
 
         Raises:
@@ -95,22 +95,23 @@ class Container:
             SdloraError: of the kind `error`, if the file cannot be read, or was changed meanwhile.
         """
         entry = self.entries[key]
-        return _tensor(entry, bytearray(self._read(entry.start, entry.end)))
+        return _tensor(entry, self._read(entry.start, entry.end))
 
-    def _read(self, start: int, end: int) -> bytes:
+    def _read(self, start: int, end: int) -> bytearray:
+        data = bytearray(end - start)  # which a tensor can have for its memory, without a copy
         try:
             with self.path.open("rb") as file:
                 file.seek(8 + self.header_bytes + start)
-                data = file.read(end - start)
+                count = file.readinto(data)
         except OSError as error:
             raise self.error(f"cannot read {self.path}: {error.strerror or error}") from error
-        if len(data) != end - start:
+        if count != end - start:
             raise self.error(f"{self.path} was changed while it was read; try again")
         return data
 
-    def tensors(self, data: bytes) -> dict[str, Tensor]:
+    def tensors(self, data: bytearray) -> dict[str, Tensor]:
         """Cuts the bytes that `data` returned into tensors, each a copy of its own."""
-        return {key: _tensor(e, bytearray(data[e.start : e.end])) for key, e in self.entries.items()}
+        return {key: _tensor(e, data[e.start : e.end]) for key, e in self.entries.items()}
 
 
 def _tensor(entry: Entry, piece: bytearray) -> Tensor:

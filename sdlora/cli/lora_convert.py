@@ -22,6 +22,7 @@ def command(source: Path, out: Path, way: str | None, dtype: str | None) -> None
     \b
     IN   a file of kohya, diffusers, peft, cloneofsimo or ComfyUI, or a folder that diffusers or peft saved
     OUT  NAME.safetensors, or a folder; kohya has only files, peft only folders
+
     \b
     sdlora lora convert pytorch_lora_weights.safetensors style.safetensors   for WebUIs
     sdlora lora convert style.safetensors style                              for diffusers

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from sdlora.cli.lora_files import dtype_option, megabytes, the_rule
+from sdlora.cli.lora_files import chosen_dtype, dtype_option, megabytes, the_rule
 
 RANK = 32
 """Rank where none is given."""
@@ -48,12 +48,11 @@ def command(
     from sdlora.files.resize import span, summary
     from sdlora.files.target import require_file_target
     from sdlora.files.webui import printable
-    from sdlora.training.device import DTYPES
 
     keep, words = the_rule({"rank": RANK if rank is None and energy is None else rank, "energy": energy})
     before, after = (resolve_base(model, announce=click.echo).path for model in (base, tuned))
     require_file_target(out, [before, after])
-    number_format = DTYPES[dtype or "fp16"]
+    number_format = chosen_dtype(dtype or "fp16")
     with click.progressbar(length=1, label="Comparing") as bar:
 
         def show(done: int, total: int) -> None:
@@ -66,7 +65,7 @@ def command(
     write_modules(out, found.modules, metadata, number_format)
     ranks = span([weights.rank for weights in found.modules.values()])
     click.echo(f"Extracted by {words}: {len(found.modules)} modules of {found.family.title}, rank {ranks}")
-    click.echo(f"Kept: {summary(found.cuts)}")
+    click.echo(f"Approximated: {summary(found.cuts)}")
     if found.unchanged:
         click.echo(f"Equal: {found.unchanged} layers differ by no more than rounding and are left out")
     for note in found.notes:

@@ -11,6 +11,8 @@ import click
 from sdlora.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from sdlora.files.kohya import LoraFile
     from sdlora.files.svd import Keep
 
@@ -24,6 +26,13 @@ def dtype_option(default: str) -> Callable[..., Any]:
         default: what holds without it, for the help.
     """
     return click.option("--dtype", type=click.Choice(FORMATS), help=f"Number format of the file. Default: {default}.")
+
+
+def chosen_dtype(word: str) -> torch.dtype:
+    """Returns a number format by its word in `FORMATS`."""
+    from sdlora.files.places import DTYPE_WORDS
+
+    return {name: dtype for dtype, name in DTYPE_WORDS.items()}[word]
 
 
 def read_aloud(path: Path) -> LoraFile:

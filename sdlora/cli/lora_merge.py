@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sdlora.cli.lora_files import dtype_option, megabytes, read_aloud
+from sdlora.cli.lora_files import chosen_dtype, dtype_option, megabytes, read_aloud
 from sdlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,12 +62,11 @@ def _merge(sources: Sequence[Weighed], out: Path, rank: int | None, dtype: str |
     from sdlora.files.svd import by_rank
     from sdlora.files.target import require_file_target
     from sdlora.files.webui import printable
-    from sdlora.training.device import DTYPES
 
     if len(sources) == 1 and sources[0].strength == 1 and rank is None:
         raise ConfigError("one LoRA at strength 1 is already merged; give several, or --into a checkpoint")
     require_file_target(out, [source.lora.path for source in sources])
-    number_format = DTYPES[dtype] if dtype else common_dtype([source.lora for source in sources])
+    number_format = chosen_dtype(dtype) if dtype else common_dtype([source.lora for source in sources])
     modules = merge(sources, number_format)
     kept = "nothing is lost but rounding"
     if rank is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from sdlora.cli.lora_files import dtype_option, megabytes, read_aloud, the_rule
+from sdlora.cli.lora_files import chosen_dtype, dtype_option, megabytes, read_aloud, the_rule
 
 
 @click.command("resize")
@@ -42,12 +42,11 @@ def command(
     from sdlora.files.places import DTYPE_WORDS
     from sdlora.files.resize import resize, span, summary
     from sdlora.files.target import require_file_target
-    from sdlora.training.device import DTYPES
 
     keep, words = the_rule({"rank": rank, "energy": energy, "ratio": ratio})
     require_file_target(out, [source])
     lora = read_aloud(source)
-    number_format = DTYPES[dtype] if dtype else common_dtype([lora])
+    number_format = chosen_dtype(dtype) if dtype else common_dtype([lora])
     resized = resize(lora.modules, keep, number_format)
     write_modules(out, resized.modules, resized_metadata(lora, resized.modules, words, out.stem), number_format)
     cuts = resized.cuts.values()

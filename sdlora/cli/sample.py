@@ -135,6 +135,7 @@ def command(
     A prompt may carry options of its own: --w --h (size), --d (seed), --l (CFG), --s (steps), --n (negative), --ss
     (sampler).
     """  # noqa: D301 - click needs the real \b
+    from sdlora.families.text import clip_skip_notes
     from sdlora.sampling.prompts import Prompt, parse_prompt, read_prompts, resolve
     from sdlora.sampling.samplers import sampler_name
 
@@ -152,6 +153,8 @@ def command(
     wanted = [resolve(p, replace(defaults, width=width, height=height)) for p in asked]
     wanted = [replace(p, seed=((p.seed or 0) + i) % _SEEDS) for p in wanted for i in range(count)]
     skip = _clip_skip(clip_skip, used)
+    for note in clip_skip_notes(parts, clip_skip or 1):  # a LoRA that was trained with it asks for nothing odd
+        click.echo(f"Note: {note}")
     _print_notes(asked, used)
     pictures = _draw_and_save(parts, wanted, used, skip, batch_size, output)
     if len(pictures) > 1:

@@ -159,13 +159,20 @@ def load_parts(base: Base, settings: BaseSection | None = None, **changes: Any) 
         wanted -= {"vae"}
     if settings.text_encoders:
         wanted = {"vae"} & wanted
-    load = load_file if base.path.is_file() else load_folder
-    components = load(base.path, family, wanted)
+    others = replace_text_encoders(settings.text_encoders, family) if settings.text_encoders else None
+    if base.path.is_file():
+        components = load_file(base.path, family, wanted, _pooled_width(family, others[0]) if others else None)
+    else:
+        components = load_folder(base.path, family, wanted)
     if settings.vae:
         components.vae = replace_vae(settings.vae, family)
-    if settings.text_encoders:
-        components.text_encoders, components.tokenizers = replace_text_encoders(settings.text_encoders, family)
+    if others:
+        components.text_encoders, components.tokenizers = others
     return _put_together(base, family, components, settings)
+
+
+def _pooled_width(family: Family, encoders: dict[str, Any]) -> int | None:
+    return next((encoders[spec.component].config.projection_dim for spec in family.text_encoders if spec.pooled), None)
 
 
 def _put_together(base: Base, family: Family, components: Components, settings: BaseSection) -> Parts:
@@ -203,8 +210,18 @@ def _put_together(base: Base, family: Family, components: Components, settings: 
         scheduler_config={**config, "prediction_type": schedule.prediction},
         resolution=components.resolution,
         vae_factor=VAE_FACTOR,
-        notes=components.notes,
+        notes=[*components.notes, *_schedule_notes(base, config, schedule)],
     )
+
+
+def _schedule_notes(base: Base, config: dict[str, Any], schedule: Schedule) -> list[str]:
+    """Says where prediction and noise do not go together. Source: Lin et al. 2023, arXiv:2305.08891, section 3.2."""
+    if schedule.prediction == "epsilon" and config.get("rescale_betas_zero_snr"):
+        return [
+            f"{base.name} predicts the noise (epsilon) and its last timestep is pure noise (zero terminal SNR), where "
+            "that teaches nothing; such bases predict v: --prediction v_prediction or --zero-snr off sets one of both"
+        ]
+    return []
 
 
 def _require_widths(base: Base, family: Family, components: Components) -> None:
@@ -217,6 +234,14 @@ def _require_widths(base: Base, family: Family, components: Components) -> None:
             f"the text encoders of {base.name} give {width} numbers a token and its denoiser takes {wanted}; they do "
             "not belong together"
         )
+    pooled = _pooled_width(family, components.text_encoders)
+    if pooled is not None:
+        total, each = denoiser.config.projection_class_embeddings_input_dim, denoiser.config.addition_time_embed_dim
+        if pooled + 6 * each != total:
+            raise ModelError(
+                f"the text encoders of {base.name} give a pooled text of {pooled} numbers and its denoiser takes "
+                f"{total - 6 * each}; they do not belong together"
+            )
 
 
 def _require_end_marks(base: Base, family: Family, components: Components) -> None:

@@ -25,13 +25,16 @@ CONTEXT = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 """A weight of the denoiser whose second side is the width of the text states."""
 
 
-def denoiser_config(found: Mapping[str, Component], family: Family, resolution: int) -> dict[str, Any]:
+def denoiser_config(
+    found: Mapping[str, Component], family: Family, resolution: int, pooled: int | None = None
+) -> dict[str, Any]:
     """Returns the configuration of the denoiser.
 
     Args:
         found: the file's components.
         family: what it is.
         resolution: side in pixels of the pictures that it was trained on.
+        pooled: width of the pooled text, for a file without the encoder that gives it; `None` if it is not known.
 
     Raises:
         ModelError: if a weight that tells a width is missing, or the widths do not fit together.
@@ -44,7 +47,7 @@ def denoiser_config(found: Mapping[str, Component], family: Family, resolution: 
     heads = family.denoiser_config["attention_head_dim"]
     return {
         **family.denoiser_config,
-        **_sizes_config(found, family),
+        **_sizes_config(found, family, pooled),
         "sample_size": resolution // VAE_FACTOR,
         "block_out_channels": widths,
         "down_block_types": tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in deep),
@@ -56,11 +59,11 @@ def denoiser_config(found: Mapping[str, Component], family: Family, resolution: 
     }
 
 
-def _sizes_config(found: Mapping[str, Component], family: Family) -> dict[str, int]:
+def _sizes_config(found: Mapping[str, Component], family: Family, given: int | None) -> dict[str, int]:
     """Returns what the denoiser expects of a picture's sizes; nothing if it is not told any.
 
-    Where the file has no text encoder that gives the pooled text, that is taken to be as wide in relation to the text
-    states as it is at full size.
+    Where neither the file nor the user has a text encoder that gives the pooled text, that is taken to be as wide in
+    relation to the text states as it is at full size.
     """
     if "addition_time_embed_dim" not in family.denoiser_config:
         return {}
@@ -69,6 +72,8 @@ def _sizes_config(found: Mapping[str, Component], family: Family) -> dict[str, i
     spec = next(spec for spec in family.text_encoders if spec.pooled)
     if spec.component in found:
         pooled = found[spec.component].side("text_projection.weight", 0)
+    elif given is not None:
+        pooled = given
     else:
         share = spec.config["projection_dim"] / family.denoiser_config["cross_attention_dim"]
         pooled = round(denoiser.side(CONTEXT, 1) * share)

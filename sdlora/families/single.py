@@ -32,7 +32,7 @@ from sdlora.families.tokenizers import clip_tokenizer
 __all__ = ["file_resolution", "identify_file", "load_file", "load_text_encoder", "load_vae"]
 
 _NO_WEIGHTS = re.compile(
-    r"(.*\.)?(position_ids|logit_scale)"  # worked out anew; of CLIP's training
+    r"(.*\.)?(position_ids|attn_mask|logit_scale)"  # worked out anew; of CLIP's training
     r"|(.*\.)?text_projection(\.weight)?|cond_stage_model\.model\.transformer\.resblocks\.23\..*"  # nobody asks for
     r"|\w*(betas|alphas_cumprod|alphas_cumprod_prev)|posterior_\w+|scale_factor|logvar|lvlb_weights"  # the schedule
     r"|denoiser\.(log_)?sigmas|v_pred|ztsnr"
@@ -51,13 +51,14 @@ def file_resolution(path: Path, family: Family) -> int:
     return read_facts(container, denoiser(container), family).resolution
 
 
-def load_file(path: Path, family: Family, wanted: Collection[str]) -> Components:
+def load_file(path: Path, family: Family, wanted: Collection[str], pooled: int | None = None) -> Components:
     """Loads a single-file checkpoint in fp32 on the CPU.
 
     Args:
         path: the file.
         family: what it is, see `identify_file`.
         wanted: which of "vae" and the family's text encoders are read; only those that are there.
+        pooled: width of the pooled text that a text encoder from elsewhere gives, if there is one.
 
     Raises:
         ModelError: if it is damaged or incomplete.
@@ -67,7 +68,7 @@ def load_file(path: Path, family: Family, wanted: Collection[str]) -> Components
     found = components(container, family)
     facts = read_facts(container, found["denoiser"], family)
     specs = {s.component: s for s in family.text_encoders if s.component in wanted and s.component in found}
-    loaded: dict[str, nn.Module] = {"denoiser": load_denoiser(found, family, facts.resolution)}
+    loaded: dict[str, nn.Module] = {"denoiser": load_denoiser(found, family, facts.resolution, pooled)}
     if "vae" in wanted and "vae" in found:
         loaded["vae"] = load_vae(found["vae"], family)
     for name, spec in specs.items():
@@ -83,18 +84,21 @@ def load_file(path: Path, family: Family, wanted: Collection[str]) -> Components
     )
 
 
-def load_denoiser(found: Mapping[str, Component], family: Family, resolution: int) -> UNet2DConditionModel:
+def load_denoiser(
+    found: Mapping[str, Component], family: Family, resolution: int, pooled: int | None = None
+) -> UNet2DConditionModel:
     """Loads the denoiser.
 
     Args:
         found: the file's components.
         family: what it is.
         resolution: side in pixels of the pictures that it was trained on.
+        pooled: see `denoiser_config`.
 
     Raises:
         ModelError: if it is damaged or incomplete.
     """
-    config = denoiser_config(found, family, resolution)
+    config = denoiser_config(found, family, resolution, pooled)
     return _loaded(found["denoiser"], lambda: UNet2DConditionModel(**config))
 
 

@@ -53,6 +53,13 @@ def encode_prompts(
     return {"states": states[0] if len(states) == 1 else torch.cat(states, dim=-1), **pooled}
 
 
+def clip_skip_notes(parts: Parts, clip_skip: int) -> list[str]:
+    """Says whether a clip skip asks for the very layers that are taken anyway, as 2 does of SDXL; empty if not."""
+    if clip_skip == 1 or any(clip_skip > spec.layer for spec in parts.family.text_encoders):
+        return []
+    return [f"clip skip {clip_skip} has no effect: {parts.family.title} never takes a later layer"]
+
+
 def count_chunks(parts: Parts, text: str, *, emphasis: bool = True) -> int:
     """Returns how many pieces of 75 tokens a prompt needs."""
     return max(len(chunk(t, text, emphasis=emphasis, max_chunks=None).ids) for t in parts.tokenizers.values())

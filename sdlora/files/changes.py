@@ -116,23 +116,24 @@ def changed(container: Container, key: str, changes: Sequence[Change]) -> Tensor
     dtype = stored.dtype
     value = stored.to(torch.float64 if dtype == torch.float64 else torch.float32)
     del stored
-    where = f"{printable(key)} of {container.path}"
-    if bad := _beyond(value, dtype):
-        raise ModelError(f"{where} holds {bad} values that are infinite or not a number; download the base again")
     for change in changes:
         change.add_to(value)
-    if bad := _beyond(value, dtype):
+    if not _fits(value, dtype):
+        where = f"{printable(key)} of {container.path}"
+        if not _fits(container.read(key).float(), dtype):
+            raise ModelError(f"{where} holds values that are infinite or not a number; download the base again")
         raise ModelError(
-            f"with the LoRA, {bad} values of {where} are too large for {_word(dtype)}, or not a number; nothing was "
-            "written. Lower the strength, or check the LoRA"
+            f"with the LoRA, {where} would hold values that are too large for {_word(dtype)}, or not a number; nothing "
+            "was written. Lower the strength, or check the LoRA"
         )
     return value.to(dtype)
 
 
-def _beyond(value: Tensor, dtype: torch.dtype) -> int:
-    """Counts what a number format does not hold. Rounding would not tell: to fp8 (e4m3), torch cuts off in silence."""
+def _fits(value: Tensor, dtype: torch.dtype) -> bool:
+    """Tells whether a number format holds all values. Rounding would not: to fp8 (e4m3), torch cuts off in silence."""
     largest = torch.finfo(dtype).max
-    return sum(int((~(rows.abs() <= largest)).sum()) for rows in value.flatten().split(1 << 20))
+    low, high = (extreme.item() for extreme in torch.aminmax(value))  # one that is not a number makes both so
+    return -largest <= low and high <= largest
 
 
 def _word(dtype: torch.dtype) -> str:

@@ -7,6 +7,7 @@ starts no download, and what is printed of it goes through `printable`.
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,9 +16,10 @@ from typing import TYPE_CHECKING
 
 from sdlora.config_io import load_config
 from sdlora.diffusion.schedule import PREDICTIONS
-from sdlora.errors import ConfigError
+from sdlora.errors import ConfigError, ModelError
 from sdlora.families import Base, hub, resolve_base
 from sdlora.families.loading import ALIASES
+from sdlora.families.pickles import is_pickle
 from sdlora.files.webui import printable
 
 if TYPE_CHECKING:
@@ -53,6 +55,11 @@ def trained_base(lora: LoraFile, announce: Callable[[str], None] = print) -> tup
     file = printable(lora.path.name)
     if not named:
         raise ConfigError(f"{file} does not say which base it was trained on; pass --base, e.g. --base sd15")
+    if pickled := next((name for _, name in named if _is_pickle_here(name)), None):
+        raise ConfigError(
+            f"{file} was trained on {printable(pickled)}, a pickle, and a LoRA's word is not enough to open one;\n"
+            f"pass --base {printable(shlex.quote(pickled))} --allow-pickle if you trust it"
+        )
     name = printable(named[0][1])
     raise ConfigError(
         f"{file} was trained on {name} ({named[0][0]}), which is not on this machine;\n"
@@ -86,4 +93,12 @@ def _is_here(name: str) -> bool:
         path = Path(name).expanduser()
         return (path / "model_index.json").is_file() or (path.suffix == ".safetensors" and path.is_file())
     except (OSError, RuntimeError, ValueError):  # names that are no paths
+        return False
+
+
+def _is_pickle_here(name: str) -> bool:
+    try:
+        path = Path(name).expanduser()
+        return path.is_file() and is_pickle(path)
+    except (OSError, RuntimeError, ValueError, ModelError):
         return False

@@ -92,7 +92,7 @@ class Previews:
         lora = read_lora(file)
         name = f"epoch-{epoch:06d}"
         try:
-            with file_values(self.adapters, lora):
+            with file_values(self.adapters, lora, self.parts.family):
                 images = self._draw(name, (lora,), reporter)
         except _GivenUp:
             reporter.end()

@@ -19,6 +19,7 @@ from sdlora.diffusion.noise import generator
 from sdlora.errors import ConfigError
 from sdlora.families import Parts, identify, load_parts, native_resolution, resolve_base
 from sdlora.families.chunks import CHUNK
+from sdlora.families.text import clip_skip_notes
 from sdlora.training.board import Board, require_tensorboard
 from sdlora.training.checkpoint import Checkpoint, latest_checkpoint
 from sdlora.training.device import choose_threads
@@ -95,7 +96,8 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
     reporter.end()
     texts = Texts(parts, config, cache, plan.total_steps)
     prompt_notes = [note for prompt in prompts for note in prompt.notes]
-    for note in (*dataset.notes, *_overlong(texts, dataset), *prompt_notes):
+    skip_notes = clip_skip_notes(parts, config.base.clip_skip)
+    for note in (*dataset.notes, *_overlong(texts, dataset), *prompt_notes, *skip_notes):
         reporter.warn(note)
 
     # What trains.

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler
 from sdlora.diffusion.schedule import Schedule
 from sdlora.errors import ModelError
 from sdlora.families import FAMILIES, Base, PictureSize, identify, load_parts
+from sdlora.families.text import clip_skip_notes
 from sdlora.sampling.pipeline import draw
 from sdlora.sampling.prompts import Prompt
 from sdlora.sampling.samplers import make_scheduler
@@ -93,6 +94,21 @@ def test_v_and_zero_snr_can_be_forced(folder):
     assert load_parts(base, zero_snr="off").schedule.alphas_cumprod[-1] > 0
     same = Schedule.from_config(DDIMScheduler.from_config(parts.scheduler_config).config)
     torch.testing.assert_close(same.alphas_cumprod, parts.schedule.alphas_cumprod)
+
+
+def test_epsilon_and_zero_snr_are_told_not_to_go_together(folder):
+    base = Base("tiny", folder, "test")
+    notes = load_parts(base, prediction="epsilon", zero_snr="on").notes
+    assert any("predicts the noise (epsilon)" in note and "--prediction v_prediction" in note for note in notes)
+    for prediction, zero_snr in (("epsilon", "off"), ("v_prediction", "on")):
+        assert not load_parts(base, prediction=prediction, zero_snr=zero_snr).notes
+
+
+def test_a_clip_skip_without_effect_is_told(folder):
+    parts = load_parts(Base("tiny", folder, "test"))
+    states = [parts.family.encode_prompts(parts, ["a cat"], skip)["states"] for skip in (1, 2)]
+    assert bool(clip_skip_notes(parts, 2)) == torch.equal(*states)
+    assert not clip_skip_notes(parts, 1)
 
 
 def test_the_family_is_told_from_the_folder_and_a_wrong_word_is_an_error(folder):

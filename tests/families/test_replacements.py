@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families.tiny import make_tiny
 from safetensors.torch import load_file, save_file
 
 from sdlora.errors import ModelError
@@ -298,3 +299,24 @@ def test_missing_text_encoders_are_named(tiny_sdxl, tmp_path, single, write):
     tensors = {key: tensor for key, tensor in single(tiny_sdxl).items() if not key.startswith(second)}
     with pytest.raises(ModelError, match=r"given\.safetensors holds no text encoder 2 of Stable Diffusion XL$"):
         replace_text_encoders(write(tensors), FAMILIES["sdxl"])
+
+
+def test_text_encoders_from_elsewhere_tell_how_wide_the_pooled_text_is(tmp_path):
+    changes = {"cross_attention_dim": 36, "projection_class_embeddings_input_dim": 72}
+    folder = make_tiny(tmp_path / "odd", "sdxl", widths=(12, 24), unet=changes)
+    file, bare = tmp_path / "odd.safetensors", tmp_path / "bare.safetensors"
+    save_single(folder, file)
+    tensors = load_file(file)
+    save_file({key: tensor for key, tensor in tensors.items() if key.startswith("model.")}, bare)
+    parts = load_parts(Base("bare", bare, "test"), vae=str(folder), text_encoders=str(folder))
+    assert parts.denoiser.config.addition_time_embed_dim == 8
+    with torch.no_grad():
+        conditioning = parts.family.encode_prompts(parts, ["a cat"])
+        assert parts.family.denoise(parts, torch.zeros(1, 4, 8, 8), torch.tensor([1]), conditioning).isfinite().all()
+
+
+def test_a_pooled_text_of_another_width_is_refused(tiny_sdxl, tmp_path):
+    # The states are as wide together, 12 and 20, but not the pooled text.
+    other = make_tiny(tmp_path / "other", "sdxl", widths=(12, 20), projection=28)
+    with pytest.raises(ModelError, match="a pooled text of 28 numbers and its denoiser takes 20"):
+        load_parts(Base("tiny", tiny_sdxl, "test"), text_encoders=str(other))

@@ -221,6 +221,7 @@ def test_keys_of_the_training_program_are_passed_over_and_unknown_ones_are_named
         "denoiser.sigmas",
         "cond_stage_model.transformer.text_model.embeddings.position_ids",
         "cond_stage_model.logit_scale",
+        "cond_stage_model.attn_mask",
         "first_stage_model.loss.discriminator.main.0.weight",
         "first_stage_model.loss.logvar",
     ]

@@ -30,7 +30,17 @@ _TEXT_WIDTHS = {"sd1": (12,), "sd2": (20,), "sdxl": (12, 20)}
 _PIPELINES = {"sd1": "StableDiffusionPipeline", "sd2": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 
 
-def make_tiny(folder: Path, family_name: str, *, seed: int = 1, layers: int = 2, **scheduler: Any) -> Path:
+def make_tiny(
+    folder: Path,
+    family_name: str,
+    *,
+    seed: int = 1,
+    layers: int = 2,
+    widths: tuple[int, ...] | None = None,
+    projection: int | None = None,
+    unet: dict[str, Any] | None = None,
+    **scheduler: Any,
+) -> Path:
     """Writes a base of random weights, biases and norms included.
 
     Args:
@@ -38,18 +48,21 @@ def make_tiny(folder: Path, family_name: str, *, seed: int = 1, layers: int = 2,
         family_name: `sd1`, `sd2` or `sdxl`.
         seed: of the weights.
         layers: of each text encoder.
+        widths: of the text encoders, where they shall be others.
+        projection: width of the pooled text, where it shall be another than the encoder's.
+        unet: changes of the denoiser's configuration.
         **scheduler: changes of the scheduler's configuration, e.g. prediction_type="v_prediction".
     """
     family = FAMILIES[family_name]
-    changes = {"sample_size": SIZE // 8, "norm_num_groups": 8, **_DENOISERS[family_name]}
+    changes = {"sample_size": SIZE // 8, "norm_num_groups": 8, **_DENOISERS[family_name], **(unet or {})}
     parts: dict[str, Any] = {
         "unet": UNet2DConditionModel(**{**family.denoiser_config, **changes}),
         "vae": AutoencoderKL(**{**family.vae_config, "block_out_channels": (4, 8, 8, 8), "norm_num_groups": 4}),
     }
     config = {**family.scheduler_config, **scheduler}
     index = {"_class_name": _PIPELINES[family_name], "scheduler": ["diffusers", config["_class_name"]]}
-    for spec, width in zip(family.text_encoders, _TEXT_WIDTHS[family_name], strict=True):
-        small = {"hidden_size": width, "intermediate_size": 2 * width, "projection_dim": width}
+    for spec, width in zip(family.text_encoders, widths or _TEXT_WIDTHS[family_name], strict=True):
+        small = {"hidden_size": width, "intermediate_size": 2 * width, "projection_dim": projection or width}
         counts = {"num_hidden_layers": layers, "num_attention_heads": 1}
         parts[spec.component] = spec.cls(CLIPTextConfig(**{**spec.config, **small, **counts}))
         tokenizer = spec.component.replace("text_encoder", "tokenizer")

@@ -60,6 +60,13 @@ def test_a_base_that_is_not_here_is_named_and_nothing_is_fetched(tmp_path, monke
         trained_base(origin(tmp_path / "a.safetensors", {"sdlora_base": name}))
 
 
+def test_a_pickled_base_is_named_and_not_opened_on_a_files_word(tmp_path):
+    pickled = tmp_path / "base.ckpt"
+    pickled.write_bytes(b"PK\x03\x04 and so on")
+    with pytest.raises(ConfigError, match=r"base.ckpt, a pickle.*\npass --base .*base.ckpt --allow-pickle"):
+        trained_base(origin(tmp_path / "a.safetensors", {"sdlora_base": str(pickled)}))
+
+
 def test_a_file_that_names_nothing(tmp_path):
     with pytest.raises(ConfigError, match=r"does not say which base .*--base sd15"):
         trained_base(origin(tmp_path / "a.safetensors"))

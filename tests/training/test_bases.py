@@ -15,6 +15,7 @@ from sdlora.families.save_single import save_single
 from sdlora.files.attach import attach
 from sdlora.files.kohya import read_lora
 from sdlora.sampling.origin import trained_base
+from sdlora.training.progress import Reporter
 from sdlora.training.train import train
 
 FAMILIES = ["sd1", "sd2", "sdxl"]
@@ -140,6 +141,20 @@ def test_the_text_encoder_stops_when_it_was_told_to(sources, style_dir, tmp_path
     assert not all(torch.equal(half[name].up, whole[name].up) for name in encoder)
     denoiser = [name for name in whole if name.startswith("lora_unet_")]
     assert not all(torch.equal(half[name].up, two[name].up) for name in denoiser)
+
+
+def test_xl_draws_samples_with_its_text_encoders_trained_and_says_what_has_no_effect(sources, style_dir, tmp_path):
+    warnings = []
+
+    class Warnings(Reporter):
+        def warn(self, text):
+            warnings.append(text)
+
+    flags = {"samples.sample_every": 1, "samples.sample_prompts": ["a cat"], "samples.sample_steps": 1}
+    flags |= {"train.steps": 1, "lora.targets": "attention", "base.clip_skip": 2}
+    result = train(settings(style_dir, tmp_path, **sources["sdxl"]["folder"], **flags), reporter=Warnings())
+    assert result.samples is not None and result.samples.is_file()
+    assert any("clip skip 2 has no effect" in line for line in warnings)
 
 
 def test_a_stop_of_what_does_not_train_is_an_error(style_dir, tmp_path):
