@@ -20,7 +20,7 @@ from sdlora.adapters import Lora
 from sdlora.container import open_container
 from sdlora.diffusion.noise import generator
 from sdlora.errors import LoraFileError
-from sdlora.families import FAMILIES, Family, Parts
+from sdlora.families import Family, Parts
 from sdlora.files.formats import ALPHA, DOWN, UP
 from sdlora.files.kohya import DTYPE_WORDS, LoraFile, ModuleWeights, module_names, read_lora, update_norm
 
@@ -152,20 +152,20 @@ def _norm(values: Tensor) -> float:
 
 
 @contextmanager
-def file_values(
-    adapters: Mapping[str, Mapping[str, Lora]], lora: LoraFile, family: Family | None = None
-) -> Iterator[None]:
+def file_values(adapters: Mapping[str, Mapping[str, Lora]], lora: LoraFile, family: Family) -> Iterator[None]:
     """Lets live adapters hold a file's values for the time of a `with` block, then their own again, bit for bit.
 
     Args:
         adapters: component -> path -> adapter.
         lora: a file with exactly these modules.
-        family: names the modules; default: the one whose names the file uses.
+        family: names the modules.
 
     Raises:
         LoraFileError: if the file's modules are not those of the adapters.
     """
-    named = _named_as(adapters, lora, family)
+    named = module_names(adapters, family)
+    if set(named) != set(lora.modules):
+        raise LoraFileError(f"{lora.path} holds other modules than the adapters in memory")
     for name, adapter in named.items():
         weights = lora.modules[name]
         if (weights.down.shape, weights.up.shape) != (adapter.down.shape, adapter.up.shape):
@@ -179,14 +179,6 @@ def file_values(
     finally:
         for name, adapter in named.items():
             _fill(adapter, *own[name])
-
-
-def _named_as(adapters: Mapping[str, Mapping[str, Lora]], lora: LoraFile, family: Family | None) -> dict[str, Lora]:
-    for candidate in [family] if family else FAMILIES.values():
-        named = module_names(adapters, candidate)
-        if set(named) == set(lora.modules):
-            return named
-    raise LoraFileError(f"{lora.path} holds other modules than the adapters in memory")
 
 
 @torch.no_grad()

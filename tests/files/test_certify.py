@@ -123,7 +123,7 @@ def test_a_base_in_half_precision_is_certified(tmp_path, tiny_parts, adapt):
     assert certify(path, adapters, tiny_parts).dtype == "fp16"
 
 
-def test_live_adapters_hold_a_files_values_and_then_their_own(written, adapt):
+def test_live_adapters_hold_a_files_values_and_then_their_own(written, tiny_parts):
     path, adapters = written
     lora = read_lora(path)
     with torch.no_grad():
@@ -133,10 +133,11 @@ def test_live_adapters_hold_a_files_values_and_then_their_own(written, adapt):
                 adapter.alpha = 7.0
     before = snapshot(adapters)
     adapter = adapters["denoiser"]["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]
-    with pytest.raises(KeyError, match="stop"), file_values(adapters, lora):
+    with pytest.raises(KeyError, match="stop"), file_values(adapters, lora, tiny_parts.family):
         assert adapter.alpha == 1.5 and torch.equal(adapter.up, lora.modules[MODULE].up)
         raise KeyError("stop")
     assert same(snapshot(adapters), before)
     del adapters["text_encoder"]
-    with pytest.raises(LoraFileError, match="other modules than the adapters"), file_values(adapters, lora):
+    refused = pytest.raises(LoraFileError, match="other modules than the adapters")
+    with refused, file_values(adapters, lora, tiny_parts.family):
         pass
