@@ -84,20 +84,21 @@ class Pair:
         Raises:
             ModelError: if a value is not finite.
         """
-        (old, old_dtype), (new, new_dtype) = (self._read(table[name]) for table in (self.before, self.after))
-        if is_rounding(old, new, old_dtype, new_dtype):
+        old, new = (self._read(table[name]) for table in (self.before, self.after))
+        if is_rounding(old, new):
             return None
-        new -= old
-        if not torch.isfinite(new).all():
+        change = torch.empty(old.shape, dtype=torch.float32)
+        for a, b, difference in _blocks(old, new, change):
+            torch.sub(b.float(), a.float(), out=difference)
+        if not change.isfinite().all():
             raise ModelError(
                 f"the weight of {printable(name)} holds values that are infinite or not a number in {self.base} or "
                 f"{self.tuned}; download it again"
             )
-        return new
+        return change
 
-    def _read(self, place: Place) -> tuple[Tensor, torch.dtype]:
-        stored = self.containers[place.file].read(place.key)
-        return matrix_of(place, stored).float(), stored.dtype
+    def _read(self, place: Place) -> Tensor:
+        return matrix_of(place, self.containers[place.file].read(place.key))
 
     def other_differences(self, names: list[str]) -> int:
         """Counts the tensors that differ besides the weights of some layers, in the components that these belong to.
@@ -130,28 +131,33 @@ def open_pair(base: Path, tuned: Path) -> Pair:
     return Pair(base, tuned, family, before, after, containers)
 
 
-def is_rounding(old: Tensor, new: Tensor, *dtypes: torch.dtype) -> bool:
-    """Tells whether two weights may be one that was rounded to two number formats: no element differs by more.
+def is_rounding(old: Tensor, new: Tensor) -> bool:
+    """Tells whether two weights may be one that was rounded to their two number formats: no element differs by more.
 
     Rounding moves a number by half of the format's `eps` times its size at most, or by half of the smallest step near
     zero. In two equal formats this allows for a difference in the last bit.
 
     Args:
-        old: the first, (m, n), in fp32.
+        old: the first, (m, n), floating point, as it is stored.
         new: the second.
-        *dtypes: the two formats that they are stored in.
     """
-    if torch.equal(old, new):
-        return True
-    infos = [torch.finfo(dtype) for dtype in dtypes]
+    infos = [torch.finfo(stored.dtype) for stored in (old, new)]
     share = sum(info.eps for info in infos) / 2
     least = sum(info.smallest_normal * info.eps for info in infos) / 2
-    rows = max(1, (1 << 20) // old.shape[1])
-    for a, b in zip(old.split(rows), new.split(rows), strict=True):
+    for a, b in _blocks(old, new):
+        a, b = a.float(), b.float()
+        if torch.equal(a, b):
+            continue
         size = torch.maximum(a.abs(), b.abs())
         if not ((b - a).abs() <= size * share + least).all() or size.max() == torch.inf:
             return False
     return True
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cuts matrices of one shape into blocks of rows of some MB in fp32, so that no step needs them whole."""
+    rows = max(1, (1 << 20) // tensors[0].shape[1])
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
 def _is(name: str, kinds: tuple[re.Pattern[str], ...]) -> bool:
@@ -183,4 +189,4 @@ def _equal(*stored: _Stored) -> bool:
     old, new = (container.read(key) for container, key in stored)
     if old.shape != new.shape or not (old.is_floating_point() and new.is_floating_point()) or not old.numel():
         return old.shape == new.shape and torch.equal(old, new)
-    return is_rounding(old.float().reshape(1, -1), new.float().reshape(1, -1), old.dtype, new.dtype)
+    return is_rounding(old.reshape(-1, 1), new.reshape(-1, 1))

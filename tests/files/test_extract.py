@@ -127,11 +127,12 @@ def test_rounding_is_no_difference_and_one_step_more_is(single, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_what_counts_as_rounding(dtype):
     exact = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 0, 40)
-    rounded = exact.to(dtype).float()
-    assert is_rounding(exact, rounded, torch.float32, dtype)
-    moved = rounded.clone()
+    rounded = exact.to(dtype)
+    assert is_rounding(exact, rounded) and is_rounding(rounded, exact)
+    moved = rounded.float()
     moved[3, 39] *= 1 + 2 * torch.finfo(dtype).eps
-    assert not is_rounding(exact, moved, torch.float32, dtype)
+    assert not is_rounding(exact, moved.to(dtype))
+    assert not is_rounding(rounded, moved.to(dtype))
 
 
 def test_what_is_not_extracted_is_said(single, tmp_path):
