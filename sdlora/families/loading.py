@@ -27,12 +27,8 @@ from sdlora.families.components import (
 from sdlora.families.family import Family, Parts
 from sdlora.families.pickles import readable
 from sdlora.families.replacements import replace_text_encoders, replace_vae
-from sdlora.families.sd1 import SD1
-from sdlora.families.sd2 import SD2
-from sdlora.families.sdxl import SDXL
 from sdlora.families.single import file_resolution, identify_file, load_file
-
-FAMILIES: dict[str, Family] = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
+from sdlora.families.table import FAMILIES
 
 NANO = Path(__file__).parent.parent / "nano"
 _HIGHEST = 2  # an eos_token_id that makes transformers look for the highest token, as old configurations want

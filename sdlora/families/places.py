@@ -17,6 +17,7 @@ from sdlora.families.identify import identify_file
 from sdlora.families.layout import Component, components
 from sdlora.families.names import diffusers_unet
 from sdlora.families.shapes import text_layers
+from sdlora.families.table import FAMILIES
 
 _CLIP_LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 
@@ -52,8 +53,6 @@ def places(base: Path) -> tuple[Family, dict[str, Place]]:
     Raises:
         ModelError: if the base is damaged, incomplete or not supported.
     """
-    from sdlora.families.loading import FAMILIES  # which imports this room's other files
-
     if base.is_file():
         family = FAMILIES[identify_file(base)]
         return family, _in_file(open_container(base, "base model", ModelError), family)

@@ -18,6 +18,7 @@ from sdlora.families.identify import identify_container
 from sdlora.families.latent_spaces import LATENT_SPACES, require_latents
 from sdlora.families.layout import OLD_VAE_ATTENTION, Component, Source, denoiser, text_encoder, vae
 from sdlora.families.single import load_text_encoder, load_vae
+from sdlora.families.table import FAMILIES
 from sdlora.families.tokenizers import clip_tokenizer
 
 LATENT_CHANNELS = 4
@@ -76,8 +77,6 @@ _TAESD_KEYS = re.compile(r"((en|de)coder\.layers\.)?1\.(weight|bias|conv\.0\.wei
 
 
 def _vae_from_file(path: Path, family: Family) -> Any:
-    from sdlora.families.loading import FAMILIES  # which imports this file
-
     container = open_container(path, "VAE", ModelError)
     if denoiser(container).section:
         other = FAMILIES[identify_container(container)]
@@ -149,8 +148,6 @@ def replace_text_encoders(source: str, family: Family) -> tuple[dict[str, nn.Mod
 
 
 def _encoders_from_folder(folder: Path, family: Family) -> tuple[dict[str, nn.Module], dict[str, Any]]:
-    from sdlora.families.loading import FAMILIES
-
     if (folder / "model_index.json").is_file():
         other = FAMILIES[identify_folder(folder)]
         if other.name != family.name:
@@ -164,8 +161,6 @@ def _encoders_from_folder(folder: Path, family: Family) -> tuple[dict[str, nn.Mo
 
 
 def _encoders_from_file(path: Path, family: Family) -> tuple[dict[str, nn.Module], dict[str, Any]]:
-    from sdlora.families.loading import FAMILIES
-
     container = open_container(path, "text encoders", ModelError)
     found = {spec.component: _encoder_component(container, spec, family) for spec in family.text_encoders}
     absent = [name for name, component in found.items() if not component.section]

@@ -31,6 +31,7 @@ from sdlora.families.layout import (
 )
 from sdlora.families.places import component_weights
 from sdlora.families.shapes import denoiser_config, text_encoder_config, vae_config
+from sdlora.families.table import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,6 @@ def save_single(folder: Path, target: Path, dtype: torch.dtype | None = None) ->
         ModelError: if the folder is damaged, or is something that a single file cannot tell.
         TrainingError: if the file cannot be written.
     """
-    from sdlora.families.loading import FAMILIES  # which imports this room's other files
-
     family = FAMILIES[identify_folder(folder)]
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     plan = _plan(folder, family)
