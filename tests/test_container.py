@@ -1,15 +1,18 @@
 """The container: equal content gives equal bytes, the library reads it, and nothing damaged gets through."""
 
 import json
+import os
 import pickle
 import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
-from sdlora.container import DTYPES, MAX_HEADER, legacy_hash, model_hash, open_container, serialize, write_stream
+from sdlora.container import DTYPES, legacy_hash, model_hash, open_container, serialize, write_stream
+from sdlora.container_header import MAX_HEADER, MAX_KEYS
 from sdlora.errors import LoraFileError, ModelError
 from sdlora.files.kohya import read_lora
 
@@ -128,6 +131,9 @@ def test_a_changed_byte_in_the_header_never_gives_another_error(tmp_path):
         (framed({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 5]}}, b"12345"), "nothing sensible of 'a'"),
         (framed({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}), "nothing sensible of 'a'"),
         (framed({"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, b"1234"), "nothing sensible of 'a'"),
+        (framed({"a": {"dtype": "F32", "shape": [1] * 9, "data_offsets": [0, 4]}}, b"1234"), "nothing sensible of 'a'"),
+        (framed({"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}, b"1234"), "1.0 is no whole number"),
+        (framed({"\x1b[2J": {"dtype": "F4", "shape": [1], "data_offsets": [0, 1]}}, b"1"), r"x1b\[2J' is stored as"),
         (framed({"a": {"dtype": "F4", "shape": [1], "data_offsets": [0, 1]}}, b"1"), "is stored as 'F4'"),
         (framed({"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}, b"123"), "1 bytes behind the last"),
         (framed({"a": {"dtype": "U8", "shape": [2], "data_offsets": [1, 3]}}, b"123"), "does not begin where"),
@@ -154,6 +160,51 @@ def test_missing_files_and_folders_are_told_apart(tmp_path):
         read_lora(tmp_path / "missing.safetensors")
     with pytest.raises(LoraFileError, match="is a folder"):
         read_lora(tmp_path)
+
+
+def test_what_is_no_file_is_told_from_what_is_not_there(tmp_path):
+    pipe = tmp_path / "pipe.safetensors"
+    os.mkfifo(pipe)
+    for path in (pipe, Path("/dev/zero")):
+        with pytest.raises(LoraFileError, match="is a pipe or a device"):
+            read_lora(path)
+    loop = tmp_path / "loop.safetensors"
+    loop.symlink_to(loop)
+    for path in (loop, tmp_path / f"{'x' * 300}.safetensors"):
+        with pytest.raises(LoraFileError, match="no LoRA file"):
+            read_lora(path)
+
+
+ENTRY = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b",".join(b'"%x":%s' % (n, ENTRY) for n in range(MAX_KEYS + 1)), f"lists {MAX_KEYS + 1} tensors"),
+        (b",".join(b'"%x":%s' % (n, ENTRY) for n in range(100_000)), "more than any model has"),
+        (b'"__metadata__":{' + b",".join(b'"%x":""' % n for n in range(300_000)) + b"}", "more than any model has"),
+        (b'"a":[' + b"[]," * 1_000_000 + b"0]", "more than any model has"),
+        (b'"a":[' + b"9," * 1_000_000 + b"0]", "too many numbers"),
+        (b'"a":{"shape":[' + b"4611686018427387903," * 300_000 + b'1],"dtype":"U8"}', "too many numbers"),
+    ],
+    ids=["one too many", "tensors", "texts", "lists", "numbers", "sides"],
+)
+def test_a_header_that_is_nothing_but_header_costs_little(tmp_path, header, message):
+    path = tmp_path / "bomb.safetensors"
+    path.write_bytes(framed(b"{" + header + b"}"))
+    tracemalloc.start()
+    with pytest.raises(LoraFileError, match=message):
+        open_container(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < max(5 * len(header), 50e6)
+
+
+def test_as_many_tensors_as_are_read_are_read(tmp_path):
+    path = tmp_path / "many.safetensors"
+    path.write_bytes(framed(b"{" + b",".join(b'"%x":%s' % (n, ENTRY) for n in range(MAX_KEYS)) + b"}"))
+    assert len(open_container(path).entries) == MAX_KEYS
 
 
 class Malicious:

@@ -32,11 +32,12 @@ def command(ctx: click.Context, file: Path, base: str | None, as_json: bool) -> 
     from sdlora.errors import LoraFileError
     from sdlora.families import load_parts, resolve_base
     from sdlora.files.attach import looks_like
+    from sdlora.files.convert import would_load
     from sdlora.files.kohya import read_lora
     from sdlora.files.loaders import certificate, layout_for, layout_of
 
     container = open_container(file)
-    notes, problem = (), None
+    lora, notes, problem = None, (), None
     try:
         lora = read_lora(file)
         kind, notes = looks_like(lora), lora.notes
@@ -50,6 +51,10 @@ def command(ctx: click.Context, file: Path, base: str | None, as_json: bool) -> 
         layout = layout_for(kind)
     found = certificate(file, layout)
     found["notes"] += notes
+    if lora is not None and found["losses"] and would_load(lora, layout):
+        found["notes"].append(
+            f"`sdlora lora convert {file} NEW.safetensors` makes a file of it that all of them load whole"
+        )
     click.echo(json.dumps(found, indent=2) if as_json else plain(found))
     if problem is not None:
         raise problem

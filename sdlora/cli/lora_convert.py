@@ -30,10 +30,13 @@ def command(source: Path, out: Path, way: str | None, dtype: str | None) -> None
     """  # noqa: D301 - click needs the real \b
     from sdlora.files.attach import NAMES, looks_like
     from sdlora.files.convert import convert
+    from sdlora.files.webui import printable
     from sdlora.training.device import DTYPES
 
     lora = read_aloud(source)
-    click.echo(f"Read {lora.path}: {lora.format}, {len(lora.modules)} modules, for {NAMES[looks_like(lora)]}")
+    click.echo(
+        f"Read {printable(str(lora.path))}: {lora.format}, {len(lora.modules)} modules, for {NAMES[looks_like(lora)]}"
+    )
     way = way or ("kohya" if out.suffix.lower() == ".safetensors" else "diffusers")
     for path in convert(lora, out, way, DTYPES[dtype] if dtype else None):
-        click.echo(f"Wrote {path} ({way}, {megabytes(path)})")
+        click.echo(f"Wrote {printable(str(path))} ({way}, {megabytes(path)})")

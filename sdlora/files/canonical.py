@@ -37,6 +37,8 @@ _ONLY_SD = re.compile(  # a fourth level, and attention in the highest and the t
     r"|input_blocks_([12]_1|9|10|11)_|output_blocks_([678]_1|9|10|11)_|output_blocks_2_1_conv)"
 )
 _TEXT = re.compile(r"lora_te\d?_")
+_TEXT_WIDTHS = {768: "sd1", 1024: "sd2"}
+"""Width of the states in a single text encoder. Source: InvokeAI's probe."""
 
 
 def made_for(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> str:
@@ -61,7 +63,8 @@ def made_for(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -
     for start, kind in (("sdxl", "sdxl"), ("sd_v2", "sd2"), ("sd_v1", "sd1")):
         if version.startswith(start):
             return kind
-    return "unknown"
+    told = (s[1] for name, s in shapes.items() if name.startswith("lora_te_") and "self_attn" in name)
+    return _TEXT_WIDTHS.get(next(told, 0), "unknown")
 
 
 def both_spellings(names: Iterable[str]) -> tuple[str, str] | None:

@@ -12,13 +12,16 @@ import torch
 from sdlora.errors import LoraFileError
 from sdlora.files.attach import looks_like
 from sdlora.files.derived import writable
+from sdlora.files.formats import ALPHA, DOWN, UP
 from sdlora.files.kohya import LoraFile, ModuleWeights, write_modules
 from sdlora.files.layers import layers_of
+from sdlora.files.loaders import Contents, Layout, examine
 from sdlora.files.merge import common_dtype
 from sdlora.files.numbered import TOKEN
 from sdlora.files.peft import COMPONENTS, DIFFUSERS_NAME, PEFT_NAME, fitted, write_diffusers, write_peft
 from sdlora.files.peft_config import METADATA_KEY
 from sdlora.files.target import require_file_target
+from sdlora.files.webui import printable
 
 if TYPE_CHECKING:
     from sdlora.families import Family
@@ -36,11 +39,14 @@ Write = Callable[[Path, Mapping[str, ModuleWeights], str, Mapping[str, str], tor
 def _kohya(
     path: Path, modules: Mapping[str, ModuleWeights], family_name: str, metadata: Mapping[str, str], dtype: torch.dtype
 ) -> list[Path]:
-    """Writes matrices as matrices and convolutions as such, for some loaders fail on the other."""
-    layers = layers_of(family_name)
-    shaped = {n: fitted(w, len(layers[n].shape)) if n in layers else w for n, w in modules.items()}
-    write_modules(path, shaped, metadata, dtype)
+    write_modules(path, _shaped(modules, family_name), metadata, dtype)
     return [path]
+
+
+def _shaped(modules: Mapping[str, ModuleWeights], family_name: str) -> dict[str, ModuleWeights]:
+    """Returns matrices as matrices and convolutions as such, for some loaders fail on the other."""
+    layers = layers_of(family_name)
+    return {n: fitted(w, len(layers[n].shape)) if n in layers else w for n, w in modules.items()}
 
 
 def _diffusers(
@@ -77,11 +83,27 @@ def convert(lora: LoraFile, target: Path, way: str, dtype: torch.dtype | None = 
     kind = looks_like(lora)
     if kind not in _FAMILIES:
         raise LoraFileError(
-            f"cannot convert {lora.path}: neither tensors nor ss_base_model_version tell which model it was made for"
+            f"cannot convert {lora.path}: neither tensors nor ss_base_model_version tell which model it was made for; "
+            f"its layers have names like {printable(next(iter(lora.modules)), 120)}"
         )
     family = FAMILIES[_FAMILIES[kind]]
     metadata = true_metadata(lora, family, target.stem)
     return WAYS[way](target, lora.modules, family.name, metadata, dtype or common_dtype([lora]))
+
+
+def would_load(lora: LoraFile, layout: Layout) -> bool:
+    """Tells whether all programs would load a LoRA whole, were it converted to kohya's format.
+
+    Args:
+        lora: what `read_lora` returned.
+        layout: of the base that it is for.
+    """
+    shapes, alphas = {}, {}
+    for name, weights in _shaped(lora.modules, layout.family.name).items():
+        shapes |= {name + DOWN: tuple(weights.down.shape), name + UP: tuple(weights.up.shape), name + ALPHA: ()}
+        alphas[name + ALPHA] = weights.alpha
+    contents = Contents(shapes, true_metadata(lora, layout.family, lora.path.stem), alphas)
+    return not any(loss for report in examine(layout, contents) for loss in report.losses())
 
 
 def _require_place(lora: LoraFile, target: Path, way: str) -> None:

@@ -9,6 +9,7 @@ generic names in ComfyUI's `comfy/lora.py`.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +18,16 @@ from sdlora.container import Container, open_container
 from sdlora.errors import LoraFileError
 from sdlora.files.canonical import both_spellings, canonical
 from sdlora.files.formats import ALPHA, DOWN, UP, refuse_others
-from sdlora.files.numbered import NUMBERED, numbered_modules
+from sdlora.files.numbered import NUMBERED, embeddings_note, numbered_modules
 from sdlora.files.peft_config import CONFIG_NAME, configs_in, read_config
 from sdlora.files.places import Module, Place, require_complete
 from sdlora.files.webui import printable
 
 MAX_KEY = 500
 """Longest key in letters that is read; those of real files are below 200."""
+
+BUNDLE = "bundle_emb."
+"""What begins the keys of embeddings of new words, which OneTrainer and AUTOMATIC1111's WebUI keep in LoRA files."""
 
 _ROLES = {"down": DOWN, "A": DOWN, "up": UP, "B": UP, "alpha": ALPHA}
 _ENDINGS: tuple[tuple[re.Pattern[str], str], ...] = (  # what ends a key; whose way it is
@@ -108,7 +112,8 @@ def find_modules(path: Path) -> Found:
             notes = _configure(container, modules)
         for name, module in modules.items():
             _add(path, found.modules, name, module)
-        found.notes += notes
+        words = dict.fromkeys(key.split(".")[1] for key in container.entries if key.startswith(BUNDLE))
+        found.notes += [*notes, *([embeddings_note(words)] if words else [])]
         found.containers.append(container)
         found.metadata = found.metadata or dict(container.metadata)
     _rename(path, found)
@@ -117,7 +122,7 @@ def find_modules(path: Path) -> Found:
 
 def _files(path: Path) -> list[tuple[Path, str]]:
     """Returns the files that a path stands for, each with the beginning of its modules' names where it is known."""
-    if not path.is_dir():
+    if not os.path.isdir(path):  # Path.is_dir raises an error for a name that is too long
         return [(path, _FOLDERS.get(path.parent.name, "") if path.name == "adapter_model.safetensors" else "")]
     for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
         if (path / name).is_file():
@@ -138,6 +143,8 @@ def _spelled(container: Container, component: str) -> tuple[dict[str, Module], s
     ways: set[str] = set()
     unknown = []
     for key in container.entries:
+        if key.startswith(BUNDLE):
+            continue
         split = _split(key, component)
         if split is None:
             unknown.append(key)
@@ -152,6 +159,8 @@ def _spelled(container: Container, component: str) -> tuple[dict[str, Module], s
             f"{container.path} is no LoRA that can be read: {len(unknown)} of its {len(container.entries)} keys belong "
             f"to no layer: {', '.join(repr(printable(key, 120)) for key in unknown[:3])}"
         )
+    if not modules:
+        raise LoraFileError(f"{container.path} holds embeddings of new words and no LoRA, and is not read")
     dotted, plain = (next((m for m in modules.values() if bool(m.path) is which), None) for which in (True, False))
     if dotted and plain:
         raise LoraFileError(

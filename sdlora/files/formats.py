@@ -28,7 +28,16 @@ _OTHERS: tuple[tuple[str, str], ...] = (  # pattern of a key, name of the format
     (r"^lora_controlnet$", "a Control-LoRA"),
     (r"\.lora_[AB](\.\w+)?\.bias$|\.lora_(down|up)\.bias$", "a LoRA with biases"),
     (r"lora_embedding_[AB]", "a peft LoRA of an embedding table"),
-    (r"modules_to_save|\.base_layer\.", "a peft file with whole layers in it"),
+    (
+        r"modules_to_save|\.base_layer\.|^base_model\.model\.(?!.*lora_).*\.(weight|bias)$",
+        "a peft file with whole layers in it",
+    ),
+)
+
+_OTHER_MODELS: tuple[tuple[str, str], ...] = (  # pattern of a key, which models have such layers
+    (r"^lora_unet_(double|single)_blocks_|^diffusion_model\.(double|single)_blocks\.", "Flux or a model like it"),
+    (r"^(lora_)?transformer[._]|^lora_unet_joint_blocks_|^lora_te3_", "Flux, Stable Diffusion 3 or a model like them"),
+    (r"^(lora_unet_|diffusion_model\.)(blocks|layers|transformer_blocks)[._]\d", "a video or transformer model"),
 )
 
 _NO_LORA: tuple[tuple[str, str], ...] = (  # the same for files that hold no factors at all
@@ -48,12 +57,19 @@ def refuse_others(path: Path, keys: Iterable[str]) -> None:
         keys: all of the file's keys.
 
     Raises:
-        LoraFileError: if there are none, or they are those of another format, which is named.
+        LoraFileError: if there are none, or they are those of another format or model, which is named.
     """
     keys = list(keys)
     if not keys:
         raise LoraFileError(f"{path} holds no tensors at all; export it again")
     plain = any(re.search(_FACTOR, key) for key in keys)
+    for pattern, name in _OTHER_MODELS if plain else ():
+        found = next((key for key in keys if re.match(pattern, key)), None)
+        if found is not None:
+            raise LoraFileError(
+                f"{path} is a LoRA for {name} (its key {printable(found, 120)!r}); read are those for Stable "
+                "Diffusion 1.x, 2.x and XL"
+            )
     for pattern, name in _OTHERS if plain else (*_OTHERS, *_NO_LORA):
         found = next((key for key in keys if re.search(pattern, key)), None)
         if found is not None:

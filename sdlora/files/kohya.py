@@ -262,5 +262,6 @@ def write_modules(
     # kohya hashes a file that carries the ss_ keys only; the legacy hash depends on that header's length.
     hashed = serialize(tensors, {key: text for key, text in metadata.items() if key.startswith("ss_")})
     hashes = {"sshs_model_hash": model_hash(hashed), "sshs_legacy_hash": legacy_hash(hashed)}
+    del hashed  # as large as the file that is made next
     write_bytes(Path(path), serialize(tensors, {**metadata, **hashes}))
     return hashes["sshs_model_hash"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from sdlora.container import Container
 from sdlora.errors import LoraFileError
@@ -82,9 +82,13 @@ def numbered_modules(container: Container) -> tuple[dict[str, Module], list[str]
         named |= _named(container, model, by_number)
     for module in named.values():
         module.alpha = float(module.shape[0])  # these files know no alpha: the scale is 1
-    words = ", ".join(printable(token, 40) for token in tokens[:8])
-    note = f"it also holds embeddings of new words, {words}, which are no part of the LoRA and are left out"
-    return named, [note] if tokens else []
+    return named, [embeddings_note(tokens)] if tokens else []
+
+
+def embeddings_note(words: Iterable[str]) -> str:
+    """Says that embeddings of new words are left out."""
+    shown = ", ".join(printable(word, 40) for word in itertools.islice(words, 8))
+    return f"it also holds embeddings of new words, {shown}, which are no part of the LoRA and are left out"
 
 
 def _named(container: Container, model: str, by_number: Mapping[int, Module]) -> dict[str, Module]:

@@ -74,7 +74,8 @@ def require_complete(path: Path, modules: Mapping[str, Module]) -> None:
         for role in (DOWN, UP):
             if places[role].entry.dtype not in DTYPE_WORDS:
                 raise LoraFileError(
-                    f"{path}: {places[role]} holds {places[role].entry.dtype}; LoRA factors are floating point"
+                    f"{path}: {places[role]} is stored as {str(places[role].entry.dtype).removeprefix('torch.')}; "
+                    f"LoRA factors are read as {', '.join(DTYPE_WORDS.values())}"
                 )
         down, up = places[DOWN].entry.shape, places[UP].entry.shape
         fits = len(down) == len(up) and len(down) in (2, 4) and down[0] == up[1]

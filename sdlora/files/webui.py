@@ -66,5 +66,5 @@ def alias(metadata: Mapping[str, str], stem: str) -> str:
 
 def printable(text: str, length: int = 200) -> str:
     """Makes a stranger's text safe for a terminal: one line, no control characters, at most `length` letters."""
-    line = "".join(c if c.isprintable() else " " for c in text)
+    line = "".join(c if c.isprintable() else " " for c in text[: length + 1])  # a text may be as long as the file
     return line if len(line) <= length else line[: length - 3] + "..."

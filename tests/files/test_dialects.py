@@ -303,3 +303,24 @@ def test_a_folder_is_searched_for_the_names_that_programs_give(tmp_path):
     save_file(factors(PATH, "lora_A", "lora_B"), tmp_path / "pytorch_lora_weights.safetensors")
     lora = read_lora(tmp_path)
     assert lora.path == tmp_path / "pytorch_lora_weights.safetensors" and list(lora.modules) == [NAME]
+
+
+def test_embeddings_that_onetrainer_bundles_are_named_and_left_out(tmp_path):
+    path = tmp_path / "a.safetensors"
+    words = {f"bundle_emb.{word}.clip_l": torch.ones(2, 768) for word in ("castle", "moat")}
+    save_file(factors(NAME) | words, path)
+    lora = read_lora(path)
+    assert list(lora.modules) == [NAME]
+    assert any("embeddings of new words, castle, moat, which are no part of the LoRA" in note for note in lora.notes)
+    save_file(words, path)
+    with pytest.raises(LoraFileError, match="holds embeddings of new words and no LoRA"):
+        read_lora(path)
+
+
+@pytest.mark.parametrize(("width", "kind"), [(768, "sd1"), (1024, "sd2"), (1280, "unknown")])
+def test_a_text_encoder_alone_tells_the_model_by_its_width_if_nothing_else_does(tmp_path, width, kind):
+    path, name = tmp_path / "a.safetensors", "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    save_file(factors(name, width=width), path)
+    assert looks_like(read_lora(path)) == kind
+    save_file(factors(name, width=width), path, {"ss_base_model_version": "sdxl_base_v1-0"})
+    assert looks_like(read_lora(path)) == "sdxl"

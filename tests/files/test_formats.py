@@ -28,6 +28,7 @@ FACTORS = {f"{MODULE}.lora_down.weight": torch.ones(1, 2), f"{MODULE}.lora_up.we
         ("unet.mid_block.attentions.0.proj_in.lora_B.bias", "a LoRA with biases"),
         ("base_model.model.embeddings.lora_embedding_A", "a peft LoRA of an embedding table"),
         ("base_model.model.conv_in.modules_to_save.weight", "a peft file with whole layers in it"),
+        ("base_model.model.conv_in.bias", "a peft file with whole layers in it"),
     ],
 )
 def test_one_key_of_another_format_is_enough_to_name_it(tmp_path, key, name):
@@ -53,6 +54,23 @@ def test_a_file_that_is_no_lora_at_all_is_called_what_it_is(tmp_path, key, name)
         read_lora(path)
     save_file({**FACTORS, key: torch.ones(2)}, path)
     with pytest.raises(LoraFileError, match="1 of its 3 keys belong to no layer"):
+        read_lora(path)
+
+
+@pytest.mark.parametrize(
+    ("stem", "model"),
+    [
+        ("lora_unet_double_blocks_0_img_attn_qkv", "Flux"),
+        ("transformer.single_transformer_blocks.3.attn.to_q", "Flux, Stable Diffusion 3"),
+        ("lora_transformer_single_transformer_blocks_3_attn_to_q", "Flux, Stable Diffusion 3"),
+        ("lora_te3_encoder_block_0_layer_0_SelfAttention_k", "Flux, Stable Diffusion 3"),
+        ("diffusion_model.blocks.0.cross_attn.k", "a video or transformer model"),
+    ],
+)
+def test_a_lora_for_a_model_that_is_not_known_is_called_so(tmp_path, stem, model):
+    path = tmp_path / "other.safetensors"
+    save_file({f"{stem}.lora_down.weight": torch.ones(1, 2), f"{stem}.lora_up.weight": torch.ones(2, 1)}, path)
+    with pytest.raises(LoraFileError, match=rf"a LoRA for {model}.*those for Stable Diffusion 1\.x, 2\.x and XL"):
         read_lora(path)
 
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from sdlora.cli.lora_check import command
 from sdlora.errors import LoraFileError
 from sdlora.families import FAMILIES
-from sdlora.files.kohya import write_lora
+from sdlora.files.convert import convert
+from sdlora.files.kohya import read_lora, write_lora
 
 
 def run(*arguments):
@@ -54,6 +55,22 @@ def test_a_file_that_some_program_loses_a_part_of(sd15):
     assert rows["Forge"].endswith("refuses the file")
     assert "no place for: lora_te_encoder_layers_3_mlp_fc1.alpha" in result.output
     assert "no place for: and 15 more, which --json lists" in result.output
+
+
+def test_converting_is_advised_where_it_helps_and_it_does(sd15, tmp_path):
+    change(sd15, lambda tensors: {key.replace("te_text_model_", "te_"): t for key, t in tensors.items()})
+    assert f"`sdlora lora convert {sd15} NEW.safetensors` makes a file of it that all" in run(sd15).output
+    (new,) = convert(read_lora(sd15), tmp_path / "new.safetensors", "kohya")
+    result = run(new)
+    assert result.exit_code == 0 and "sdlora lora convert" not in result.output
+
+
+def test_converting_is_not_advised_where_it_does_not_help(sd15):
+    stray = "lora_unet_mid_block_attentions_7_proj_in"
+    factors = {f"{stray}.lora_down.weight": torch.ones(1, 4), f"{stray}.lora_up.weight": torch.ones(4, 1)}
+    change(sd15, lambda tensors: {**tensors, **factors})
+    result = run(sd15)
+    assert result.exit_code == 1 and "sdlora lora convert" not in result.output
 
 
 def test_json_lists_everything(sd15):
