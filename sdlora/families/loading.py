@@ -6,6 +6,7 @@ announced first.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ def resolve_base(
             what is not on the hub.
     """
     path = Path(model).expanduser()
-    if revision is not None and (model in ("auto", "nano") or path.exists()):
+    if revision is not None and (model in ("auto", "nano") or os.path.exists(path)):
         raise ModelError(
             f"--revision {revision} has no effect: the base {model} is not taken from the hub; leave it out"
         )
@@ -83,13 +84,13 @@ def resolve_base(
         return _automatic(announce)
     if model == "nano":
         return Base("nano", NANO, "embedded in sdlora")
-    if path.is_dir():
+    if os.path.isdir(path):  # Path's own methods raise errors for names that are too long
         if not (path / "model_index.json").is_file():
             raise ModelError(
                 f"{model} is a folder without model_index.json; a base is a diffusers folder or one .safetensors file"
             )
         return Base(model, path, "a diffusers folder")
-    if path.is_file():
+    if os.path.isfile(path):
         file = readable(path, cache_dir if allow_pickle else None, announce)
         return Base(model, file, "a single file" if file == path else "converted from a pickle")
     repository = ALIASES.get(model, model)

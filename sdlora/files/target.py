@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -44,9 +45,9 @@ def require_folder_target(out: Path, inputs: Iterable[Path]) -> None:
 
 
 def _require_apart(out: Path, inputs: Iterable[Path]) -> None:
-    place = out.resolve()
+    place = Path(os.path.realpath(out))  # Path.resolve raises an error for links in a circle
     for path in inputs:
-        if path.resolve() in (place, *place.parents):
+        if Path(os.path.realpath(path)) in (place, *place.parents):
             raise ConfigError(f"{out} would be written over {path}, which it is made from; give another name")
 
 

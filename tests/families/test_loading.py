@@ -132,6 +132,11 @@ def test_unknown_names_list_what_is_known():
         resolve_base("nonsense")
 
 
+def test_a_name_too_long_for_a_file_is_no_base():
+    with pytest.raises(ModelError, match="no base model"):
+        resolve_base("x" * 300 + ".safetensors")
+
+
 def test_a_folder_that_is_no_base_is_refused(tmp_path):
     with pytest.raises(ModelError, match=r"without model_index\.json"):
         resolve_base(str(tmp_path))

@@ -47,3 +47,12 @@ def test_help_brings_nothing_along_and_resizing_no_model_library(tmp_path):
     source = tmp_path / "style.safetensors"
     write_modules(source, {name: random_module(name, (8, 768), 2, 1.0, 0.2, 0)}, {}, torch.float32)
     assert heavy("lora", "resize", str(source), str(tmp_path / "small.safetensors"), "--rank", "1") == {"torch"}
+
+
+def test_a_link_to_itself_is_no_file_and_no_traceback(tmp_path, capsys):
+    link = tmp_path / "l.safetensors"
+    link.symlink_to(link)
+    with pytest.raises(SystemExit) as stop:
+        main(["lora", "resize", str(link), str(tmp_path / "o.safetensors"), "--rank", "1"])
+    assert stop.value.code == 2
+    assert "no LoRA file" in capsys.readouterr().err
