@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,12 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def free_space(path: Path) -> tuple[Path, int]:
+    """Returns the nearest folder that is there, `path` itself or one above it, and the free bytes on its disk."""
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
+    return there, shutil.disk_usage(there).free
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -112,11 +112,15 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
     """
     raw = safetensors.torch.save({key: tensor.contiguous() for key, tensor in tensors.items()})
     (length,) = struct.unpack("<Q", raw[:8])
+    return _header(json.loads(raw[8 : 8 + length]), metadata) + raw[8 + length :]
+
+
+def _header(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """Returns the beginning of a file, up to the first tensor."""
     table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    table |= json.loads(raw[8 : 8 + length])
-    header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    header = json.dumps({**table, **tensors}, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8, as in the library's own files
-    return struct.pack("<Q", len(header)) + header + raw[8 + length :]
+    return struct.pack("<Q", len(header)) + header
 
 
 def model_hash(content: bytes) -> str:
@@ -157,17 +161,15 @@ def write_stream(
     """
     words = {dtype: word for word, dtype in DTYPES.items()}
     order = sorted(shapes, key=lambda key: (_LAYOUT.index(words[shapes[key][0]]), key))
-    table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    table: dict[str, Any] = {}
     position = 0
     for key in order:
         dtype, shape = shapes[key]
         size = math.prod(shape) * dtype.itemsize
         table[key] = {"dtype": words[dtype], "shape": list(shape), "data_offsets": [position, position + size]}
         position += size
-    header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    header += b" " * (-len(header) % 8)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
+        file.write(_header(table, metadata))
         for key in order:
             value = tensor(key)
             if (value.dtype, tuple(value.shape)) != shapes[key]:

@@ -104,8 +104,10 @@ def _components(modules: dict[str, ModuleWeights]) -> dict[str, Report]:
 
 def _notes(report: Report) -> list[str]:
     """Says what may surprise its owner in other programs."""
+    from sdlora.files.canonical import FAMILY_OF
+
+    family = FAMILY_OF.get(report["looks_like"], "").upper()
     notes = []
-    family = {"sd1": "SD1", "nano": "SD1", "sd2": "SD2", "sdxl": "SDXL"}.get(report["looks_like"])
     for program, version in (("AUTOMATIC1111", report["a1111"]), ("Forge", report["forge"])):
         if family and version not in (family, "Unknown"):
             notes.append(f"{program} takes it for {version} and hides it while a model of another kind is loaded")

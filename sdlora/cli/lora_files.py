@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from sdlora.files.kohya import LoraFile
+    from sdlora.files.merge import Weighed
     from sdlora.files.svd import Keep
 
 FORMATS = ("fp16", "bf16", "fp32")
@@ -44,6 +45,14 @@ def read_aloud(path: Path) -> LoraFile:
     for note in lora.notes:
         click.echo(f"Note: {printable(path.name)}: {printable(note)}")
     return lora
+
+
+def read_weighed(specs: Sequence[str]) -> list[Weighed]:
+    """Reads LoRAs given as FILE or FILE:STRENGTH, and prints what is unusual about each."""
+    from sdlora.files.merge import Weighed
+    from sdlora.sampling.prompts import parse_lora_spec
+
+    return [Weighed(read_aloud(path), strength) for path, strength in map(parse_lora_spec, specs)]
 
 
 def the_rule(given: Mapping[str, float | None]) -> tuple[Keep, str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sdlora.cli.lora_files import chosen_dtype, dtype_option, megabytes, read_aloud
+from sdlora.cli.lora_files import chosen_dtype, dtype_option, megabytes, read_weighed
 from sdlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,19 +38,11 @@ def command(loras: tuple[str, ...], out: Path, base: str | None, rank: int | Non
             raise ConfigError(
                 f"{option} {value} has no effect with --into, for a checkpoint stays as it is; leave it out"
             )
-    sources = _read(loras)
+    sources = read_weighed(loras)
     if base is not None:
         _bake(sources, base, out)
     else:
         _merge(sources, out, rank, dtype)
-
-
-def _read(specs: Sequence[str]) -> list[Weighed]:
-    from sdlora.files.merge import Weighed
-    from sdlora.sampling.prompts import parse_lora_spec
-
-    pairs = map(parse_lora_spec, specs)
-    return [Weighed(read_aloud(path), strength) for path, strength in pairs]
 
 
 def _merge(sources: Sequence[Weighed], out: Path, rank: int | None, dtype: str | None) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from sdlora import __version__
+from sdlora.cli.lora_files import read_weighed
 from sdlora.config import SamplesSection
 from sdlora.errors import ConfigError
 
@@ -19,18 +20,11 @@ if TYPE_CHECKING:
 
     from sdlora.families import Base, Parts
     from sdlora.files.kohya import LoraFile
+    from sdlora.files.merge import Weighed
     from sdlora.sampling.prompts import Prompt
 
 _DEFAULTS = SamplesSection()
 _SEEDS = 2**32
-
-
-@dataclass(frozen=True)
-class _Used:
-    """One `--lora`: the file and the strength it is drawn with."""
-
-    file: LoraFile
-    strength: float
 
 
 @click.command()
@@ -146,8 +140,8 @@ def command(
         if side is not None and side % 8:
             raise ConfigError(f"--{name} must be a multiple of 8, got {side}; {side // 8 * 8} would do")
     defaults = Prompt("", negative, width, height, _first_seed(seed), cfg, steps, sampler_name(sampler))
-    used = _read_loras(loras)
-    chosen = _choose_base(base, [u.file for u in used], revision, allow_pickle)
+    used = read_weighed(loras)
+    chosen = _choose_base(base, [u.lora for u in used], revision, allow_pickle)
     parts = _load(chosen, used, precision, {"vae": vae, "text_encoders": text_encoders})
     width, height = _size(parts, width, height)
     wanted = [resolve(p, replace(defaults, width=width, height=height)) for p in asked]
@@ -173,23 +167,6 @@ def _size(parts: Parts, width: int | None, height: int | None) -> tuple[int, int
 
     own = defaults_for(parts)
     return width or own[0], height or own[1]
-
-
-def _read_loras(specs: Sequence[str]) -> list[_Used]:
-    if not specs:
-        return []
-    from sdlora.files.kohya import read_lora
-    from sdlora.files.webui import printable
-    from sdlora.sampling.prompts import parse_lora_spec
-
-    used = []
-    for spec in specs:
-        path, strength = parse_lora_spec(spec)
-        lora = read_lora(path)
-        for note in lora.notes:
-            click.echo(f"Note: {printable(path.name)}: {printable(note)}")
-        used.append(_Used(lora, strength))
-    return used
 
 
 def _choose_base(wanted: str | None, loras: Sequence[LoraFile], revision: str | None, allow_pickle: bool) -> Base:
@@ -219,7 +196,7 @@ def _choose_base(wanted: str | None, loras: Sequence[LoraFile], revision: str | 
     return base
 
 
-def _load(base: Base, used: Sequence[_Used], precision: str, replaced: dict[str, str | None]) -> Parts:
+def _load(base: Base, used: Sequence[Weighed], precision: str, replaced: dict[str, str | None]) -> Parts:
     from sdlora.families import load_parts
     from sdlora.files.attach import attach
     from sdlora.files.webui import printable
@@ -229,7 +206,7 @@ def _load(base: Base, used: Sequence[_Used], precision: str, replaced: dict[str,
 
     device = choose_device()
     dtype = inference_dtype(device) if precision == "auto" else choose_precision(precision, device).dtype
-    forced: dict[str, Any] = next((found for u in used if (found := trained_schedule(u.file))), {})
+    forced: dict[str, Any] = next((found for u in used if (found := trained_schedule(u.lora))), {})
     for setting, value in forced.items():
         click.echo(f"{setting.replace('_', ' ').capitalize()}: {value} (training was told so)")
     parts = load_parts(base, **replaced, **forced)
@@ -238,21 +215,21 @@ def _load(base: Base, used: Sequence[_Used], precision: str, replaced: dict[str,
     parts.to(device, dtype)
     choose_threads(parts)
     for u in used:
-        attach(parts, u.file, u.strength)
-        click.echo(f"LoRA: {printable(str(u.file.path))} at strength {u.strength:g}")
+        attach(parts, u.lora, u.strength)
+        click.echo(f"LoRA: {printable(str(u.lora.path))} at strength {u.strength:g}")
     return parts
 
 
-def _clip_skip(wanted: int | None, used: Sequence[_Used]) -> int:
+def _clip_skip(wanted: int | None, used: Sequence[Weighed]) -> int:
     from sdlora.files.webui import printable
     from sdlora.sampling.origin import trained_clip_skip
 
     if wanted is not None or not used:
         return wanted or 1
-    skip = trained_clip_skip(used[0].file)
+    skip = trained_clip_skip(used[0].lora)
     if skip != 1:
-        click.echo(f"Clip skip: {skip} ({printable(used[0].file.path.name)} was trained with it)")
-    others = [u.file.path.name for u in used[1:] if trained_clip_skip(u.file) != skip]
+        click.echo(f"Clip skip: {skip} ({printable(used[0].lora.path.name)} was trained with it)")
+    others = [u.lora.path.name for u in used[1:] if trained_clip_skip(u.lora) != skip]
     if others:
         click.echo(
             f"Note: {printable(', '.join(others))} had another clip skip; the first LoRA decides, --clip-skip overrides"
@@ -260,29 +237,29 @@ def _clip_skip(wanted: int | None, used: Sequence[_Used]) -> int:
     return skip
 
 
-def _print_notes(asked: Sequence[Prompt], used: Sequence[_Used]) -> None:
+def _print_notes(asked: Sequence[Prompt], used: Sequence[Weighed]) -> None:
     from sdlora.files.sidecars import activation_text
     from sdlora.files.webui import printable
 
     for note in dict.fromkeys(n for p in asked for n in p.notes):
         click.echo(f"Note: {note}")
     for u in used:
-        word = activation_text(u.file)
+        word = activation_text(u.lora)
         lacking = [p for p in asked if word.lower() not in p.text.lower()]
         if word and lacking and u.strength:
             which = "the prompt lacks" if len(asked) == 1 else f"{len(lacking)} of {len(asked)} prompts lack"
-            click.echo(f"Hint: {printable(u.file.path.name)} is called by {printable(word)!r}, which {which}.")
+            click.echo(f"Hint: {printable(u.lora.path.name)} is called by {printable(word)!r}, which {which}.")
 
 
 def _draw_and_save(
-    parts: Parts, prompts: Sequence[Prompt], used: Sequence[_Used], clip_skip: int, batch_size: int, folder: Path
+    parts: Parts, prompts: Sequence[Prompt], used: Sequence[Weighed], clip_skip: int, batch_size: int, folder: Path
 ) -> list[Image.Image]:
     """Draws batch after batch and saves each at once, so that an interruption loses little."""
     from sdlora.atomic import replacing
     from sdlora.sampling.infotext import parameters, png_info
     from sdlora.sampling.pipeline import draw
 
-    loras = [(u.file.path.stem, u.strength, u.file.metadata.get("sshs_model_hash") or u.file.model_hash) for u in used]
+    loras = [(u.lora.path.stem, u.strength, u.lora.metadata.get("sshs_model_hash") or u.lora.model_hash) for u in used]
     number = _last_number(folder, r"(\d{5,})-\d+\.png")
     pictures = []
     for start in range(0, len(prompts), batch_size):

@@ -120,6 +120,14 @@ class Family:
         """Channels of the widest block of the denoiser at full size; scales the learning rate."""
         return max(self.denoiser_config["block_out_channels"])
 
+    def facts(self, prediction: str) -> dict[str, str]:
+        """Returns what loaders tell a file's kind by: the family's `ss_*` and `modelspec.*` facts.
+
+        Args:
+            prediction: "epsilon" or "v_prediction".
+        """
+        return {**self.metadata, **(self.v_metadata if prediction == "v_prediction" else {})}
+
 
 @dataclass(kw_only=True)
 class Parts:

@@ -60,6 +60,11 @@ def places(base: Path) -> tuple[Family, dict[str, Place]]:
     return family, _in_folder(base, family)
 
 
+def component_folder(base: Path, component: str) -> Path:
+    """Returns where a diffusers folder keeps a component: `denoiser`, or a text encoder by its name."""
+    return base / ("unet" if component == "denoiser" else component)
+
+
 def component_weights(folder: Path) -> dict[str, Container]:
     """Finds the weights of one component of a diffusers folder, in one file or several: key -> its file.
 
@@ -98,7 +103,7 @@ def _shards(index: Path) -> dict[str, Container]:
 def _in_folder(folder: Path, family: Family) -> dict[str, Place]:
     found = {}
     for component in ("denoiser", *(spec.component for spec in family.text_encoders)):
-        weights = component_weights(folder / ("unet" if component == "denoiser" else component))
+        weights = component_weights(component_folder(folder, component))
         for key, container in weights.items():
             path, shape = key.removesuffix(".weight"), container.entries[key].shape
             if path != key and len(shape) in (2, 4) and ".embeddings." not in f".{path}":

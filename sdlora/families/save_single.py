@@ -129,8 +129,8 @@ def _markers(scheduler: dict[str, Any]) -> list[str]:
 
 def _metadata(folder: Path, target: Path, family: Family, scheduler: dict[str, Any]) -> dict[str, str]:
     """Returns the facts that loaders go by. Source: Stability's ModelSpec 1.0.1."""
-    v = scheduler.get("prediction_type") == "v_prediction"
-    facts = {**family.metadata, **(family.v_metadata if v else {})}
+    prediction = scheduler.get("prediction_type", "epsilon")
+    facts = family.facts(prediction)
     resolution = folder_resolution(folder)
     return {
         "modelspec.sai_model_spec": "1.0.1",
@@ -138,7 +138,7 @@ def _metadata(folder: Path, target: Path, family: Family, scheduler: dict[str, A
         "modelspec.implementation": facts["modelspec.implementation"],
         "modelspec.title": target.stem,
         "modelspec.resolution": f"{resolution}x{resolution}",
-        "modelspec.prediction_type": "v" if v else "epsilon",
+        "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
     }
 
 

@@ -36,6 +36,9 @@ _ONLY_SD = re.compile(  # a fourth level, and attention in the highest and the t
     r"lora_unet_(down_blocks_(0_attentions|3)|up_blocks_(3|2_attentions|2_upsamplers)"
     r"|input_blocks_([12]_1|9|10|11)_|output_blocks_([678]_1|9|10|11)_|output_blocks_2_1_conv)"
 )
+FAMILY_OF = {"sd1": "sd1", "nano": "sd1", "sd2": "sd2", "sdxl": "sdxl"}
+"""What `made_for` returns -> the family of that, a key of `FAMILIES`; nothing for an unknown model."""
+
 _TEXT = re.compile(r"lora_te\d?_")
 _TEXT_WIDTHS = {768: "sd1", 1024: "sd2"}
 """Width of the states in a single text encoder. Source: InvokeAI's probe."""

@@ -80,7 +80,7 @@ def plan(base: Path, table: Mapping[str, Place], sources: Sequence[Weighed]) -> 
             )
         for name, weights in lora.modules.items():
             place = table[name]
-            shape = squeezed((weights.up.shape[0], *weights.down.shape[1:]))
+            shape = squeezed(weights.shape)
             if shape != layer_shape(place):
                 raise LoraFileError(
                     f"{lora.path} does not fit {base}: {name} changes a weight of shape {list(shape)}, and there it "

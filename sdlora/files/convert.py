@@ -11,7 +11,8 @@ import torch
 
 from sdlora.errors import LoraFileError
 from sdlora.files.attach import looks_like
-from sdlora.files.derived import writable
+from sdlora.files.canonical import FAMILY_OF
+from sdlora.files.derived import common, writable
 from sdlora.files.formats import ALPHA, DOWN, UP
 from sdlora.files.kohya import LoraFile, ModuleWeights, write_modules
 from sdlora.files.layers import layers_of
@@ -25,9 +26,6 @@ from sdlora.files.webui import printable
 
 if TYPE_CHECKING:
     from sdlora.families import Family
-
-_FAMILIES = {"sd1": "sd1", "nano": "sd1", "sd2": "sd2", "sdxl": "sdxl"}
-"""What a file was made for -> its family."""
 
 _LAYOUT = re.compile(rf"(unet|text_encoder)(:\d+:rank)?|<.*>|format|{METADATA_KEY}")
 """Metadata that describes how the file was laid out, by diffusers, peft or cloneofsimo, and not the LoRA."""
@@ -81,12 +79,12 @@ def convert(lora: LoraFile, target: Path, way: str, dtype: torch.dtype | None = 
 
     _require_place(lora, target, way)
     kind = looks_like(lora)
-    if kind not in _FAMILIES:
+    if kind not in FAMILY_OF:
         raise LoraFileError(
             f"cannot convert {lora.path}: neither tensors nor ss_base_model_version tell which model it was made for; "
             f"its layers have names like {printable(next(iter(lora.modules)), 120)}"
         )
-    family = FAMILIES[_FAMILIES[kind]]
+    family = FAMILIES[FAMILY_OF[kind]]
     metadata = true_metadata(lora, family, target.stem)
     return WAYS[way](target, lora.modules, family.name, metadata, dtype or common_dtype([lora]))
 
@@ -127,15 +125,13 @@ def true_metadata(lora: LoraFile, family: Family, name: str) -> dict[str, str]:
         family: what it was made for.
         name: the LoRA's name, if it has none.
 
-    Source: `kohya-format.md`, sections 4 and 6; "Dynamic" is sd-scripts' word in `resize_lora.py`.
+    Source: `kohya-format.md`, sections 4 and 6.
     """
     own = {key: text for key, text in lora.metadata.items() if not _LAYOUT.fullmatch(key) and text != TOKEN}
-    ranks = {weights.rank for weights in lora.modules.values()}
-    alphas = {weights.alpha for weights in lora.modules.values()}
     added = {
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
+        "ss_network_dim": common({weights.rank for weights in lora.modules.values()}),
+        "ss_network_alpha": common({weights.alpha for weights in lora.modules.values()}),
         "ss_output_name": name.lstrip("{"),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": name,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdlora import __version__
 from sdlora.files.attach import looks_like
-from sdlora.files.metadata import family_metadata
+from sdlora.files.canonical import FAMILY_OF
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,8 +76,8 @@ def _kind(sources: Sequence[Weighed]) -> dict[str, str]:
     from sdlora.families import FAMILIES  # not before it is needed, for it brings all of diffusers along
 
     kinds = [looks_like(source.lora) for source in sources]
-    family = next((FAMILIES[k] for kind in kinds if (k := {"nano": "sd1"}.get(kind, kind)) in FAMILIES), None)
-    facts = family_metadata(family, "epsilon") if family else {}
+    family = next((FAMILIES[FAMILY_OF[kind]] for kind in kinds if kind in FAMILY_OF), None)
+    facts = family.facts("epsilon") if family else {}
     return {**facts, **{key: texts[0] for key, texts in said.items() if len(texts) == 1}}
 
 
@@ -100,7 +100,7 @@ def extracted_metadata(
     """Returns the metadata of a LoRA that was taken out of two checkpoints, hashes excepted.
 
     Args:
-        facts: of their kind, see `family_metadata`.
+        facts: of their kind, see `Family.facts`.
         base: the checkpoint that the LoRA will be put on.
         tuned: the checkpoint that it imitates.
         modules: the result.
@@ -118,8 +118,8 @@ def _finished(
     values = {
         **{key: text for key, text in kept.items() if not _SUPERSEDED.fullmatch(key)},
         "ss_network_module": "networks.lora",
-        "ss_network_dim": _common({weights.rank for weights in modules.values()}),
-        "ss_network_alpha": _common({weights.alpha for weights in modules.values()}),
+        "ss_network_dim": common({weights.rank for weights in modules.values()}),
+        "ss_network_alpha": common({weights.alpha for weights in modules.values()}),
         "ss_output_name": name,
         "modelspec.title": name,
         "sdlora_version": __version__,
@@ -128,7 +128,7 @@ def _finished(
     return {writable(key): writable(text) for key, text in values.items()}
 
 
-def _common(values: set[Any]) -> str:
+def common(values: set[Any]) -> str:
     """Writes a number that all modules share; else the word of sd-scripts' `resize_lora.py`."""
     return str(values.pop()) if len(values) == 1 else "Dynamic"
 

@@ -14,7 +14,7 @@ from sdlora.container import Container, open_container
 from sdlora.errors import ModelError
 from sdlora.families import Family
 from sdlora.families.layout import components
-from sdlora.families.places import Place, component_weights, places
+from sdlora.families.places import Place, component_folder, component_weights, places
 from sdlora.files.changes import layer_shape, matrix_of, require_plain
 from sdlora.files.webui import printable
 
@@ -28,6 +28,10 @@ Source: `kohya-format.md`, section 2.
 
 TEXT = re.compile(r"lora_te\d?_text_model_encoder_layers_.*")
 """The same of text encoders: neither embeddings nor the final projection."""
+
+
+_Stored = tuple[Container, str]
+"""A file and the key of a tensor in it."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +111,24 @@ class Pair:
         """
         taken = {(place.file, place.key) for table in (self.before, self.after) for n in names if (place := table[n])}
         touched = {spec.component for spec in self.family.text_encoders if _has(names, spec.lora_prefix)} | {"denoiser"}
-        old, new = (dict(_tensors(path, self.family, touched)) for path in (self.base, self.tuned))
+        old, new = (dict(self._tensors(path, touched)) for path in (self.base, self.tuned))
         return sum(
             not _equal(old[name], new[name])
             for name in old.keys() & new.keys()
             if (old[name][0].path, old[name][1]) not in taken
         )
+
+    def _tensors(self, path: Path, wanted: set[str]) -> Iterator[tuple[tuple[str, str], _Stored]]:
+        """Yields every tensor of some components of one of the two: (component, its own name), where it lies."""
+        if path in self.containers:  # a single file; of a folder, the files in it are
+            found = components(self.containers[path], self.family)
+            for component in wanted & found.keys():
+                for name, key in found[component].section.items():
+                    yield (component, name), (found[component].container, key)
+            return
+        for component in wanted:
+            for key, container in component_weights(component_folder(path, component)).items():
+                yield (component, key), (container, key)
 
 
 def open_pair(base: Path, tuned: Path) -> Pair:
@@ -166,23 +182,6 @@ def _is(name: str, kinds: tuple[re.Pattern[str], ...]) -> bool:
 
 def _has(names: list[str], prefix: str) -> bool:
     return any(name.startswith(prefix + "_") for name in names)
-
-
-_Stored = tuple[Container, str]
-
-
-def _tensors(path: Path, family: Family, wanted: set[str]) -> Iterator[tuple[tuple[str, str], _Stored]]:
-    """Yields every tensor of some components: (component, its own name), where it lies."""
-    if path.is_file():
-        found = components(open_container(path, "base model", ModelError), family)
-        for component in wanted & found.keys():
-            for name, key in found[component].section.items():
-                yield (component, name), (found[component].container, key)
-        return
-    for component in wanted:
-        folder = path / ("unet" if component == "denoiser" else component)
-        for key, container in component_weights(folder).items():
-            yield (component, key), (container, key)
 
 
 def _equal(*stored: _Stored) -> bool:

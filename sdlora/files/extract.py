@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from sdlora.container import open_container
 from sdlora.errors import ModelError
 from sdlora.families import Family
 from sdlora.families.components import folder_resolution
@@ -17,7 +16,6 @@ from sdlora.families.folders import read_json
 from sdlora.families.layout import denoiser
 from sdlora.files.difference import DENOISER, TEXT, Pair, open_pair
 from sdlora.files.kohya import ModuleWeights
-from sdlora.files.metadata import family_metadata
 from sdlora.files.resize import Cut, module
 from sdlora.files.svd import Keep, of_change
 
@@ -95,25 +93,24 @@ def extract(
 
 def _facts(pair: Pair) -> tuple[dict[str, str], list[str]]:
     """Returns what loaders tell the kind by, and a note if the two checkpoints do not predict the same."""
-    prediction, resolution = _trained(pair.tuned, pair.family)
-    before, _ = _trained(pair.base, pair.family)
+    prediction, resolution = _trained(pair, pair.tuned)
+    before, _ = _trained(pair, pair.base)
     notes = []
     if before != prediction:
         notes.append(
             f"{pair.base} predicts {before} and {pair.tuned} {prediction}; a LoRA hardly turns one into the other"
         )
     return {
-        **family_metadata(pair.family, prediction),
+        **pair.family.facts(prediction),
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
     }, notes
 
 
-def _trained(path: Path, family: Family) -> tuple[str, int]:
-    """Returns what a checkpoint predicts, and the side in pixels of the pictures that it was trained on."""
-    if path.is_file():
-        container = open_container(path, "base model", ModelError)
-        facts = read_facts(container, denoiser(container), family)
+def _trained(pair: Pair, path: Path) -> tuple[str, int]:
+    """Returns what one of a pair predicts, and the side in pixels of the pictures that it was trained on."""
+    if path in pair.containers:  # a single file; of a folder, the files in it are
+        facts = read_facts(pair.containers[path], denoiser(pair.containers[path]), pair.family)
         return str(facts.scheduler_config["prediction_type"]), facts.resolution
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     return str(scheduler.get("prediction_type", "epsilon")), folder_resolution(path)

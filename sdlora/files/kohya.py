@@ -64,6 +64,11 @@ class ModuleWeights:
         return self.alpha / self.rank
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight that it changes: (out, in) or (out, in, kh, kw)."""
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    @property
     def norm(self) -> float:
         """Frobenius norm of the change to the layer's weight."""
         return update_norm(self.down, self.up, self.scale)

@@ -92,18 +92,14 @@ def _merged(name: str, sources: Sequence[Weighed], dtype: torch.dtype) -> Module
     pairs = []
     for source in sources:
         weights = source.lora.modules[name]
-        if _change_shape(weights) != _change_shape(first):
+        if squeezed(weights.shape) != squeezed(first.shape):
             raise LoraFileError(
-                f"{printable(name)} changes a weight of shape {list(_change_shape(first))} in {sources[0].lora.path} "
-                f"and of {list(_change_shape(weights))} in {source.lora.path}; they were made for different models"
+                f"{printable(name)} changes a weight of shape {list(squeezed(first.shape))} in {sources[0].lora.path} "
+                f"and of {list(squeezed(weights.shape))} in {source.lora.path}; they were made for different models"
             )
         down, up = folded(weights.down, weights.up, source.factor(name))
         pairs.append((down.reshape(-1, *first.down.shape[1:]), up.reshape(*up.shape[:2], *first.up.shape[2:])))
     return whole(torch.cat([down for down, _ in pairs]), torch.cat([up for _, up in pairs], dim=1), dtype)
-
-
-def _change_shape(weights: ModuleWeights) -> tuple[int, ...]:
-    return squeezed((weights.up.shape[0], *weights.down.shape[1:]))
 
 
 def folded(down: Tensor, up: Tensor, factor: float) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from sdlora.config_io import to_toml
 from sdlora.files.shareable import repository, shareable, without_folders
 
 if TYPE_CHECKING:
-    from sdlora.families import Family, Parts
+    from sdlora.families import Parts
 
 
 @dataclass(frozen=True)
@@ -106,16 +106,6 @@ def training_metadata(
     return {key: str(value).encode("utf-8", "replace").decode("utf-8") for key, value in values.items()}
 
 
-def family_metadata(family: Family, prediction: str) -> dict[str, str]:
-    """Returns what loaders tell a file's kind by: the family's `ss_*` and `modelspec.*` facts.
-
-    Args:
-        family: of the base.
-        prediction: "epsilon" or "v_prediction".
-    """
-    return {**family.metadata, **(family.v_metadata if prediction == "v_prediction" else {})}
-
-
 def _progress(progress: Progress) -> dict[str, Any]:
     return {
         "ss_steps": progress.step,
@@ -163,7 +153,7 @@ def _network(config: Config) -> dict[str, Any]:
 
 
 def _base_model(config: Config, parts: Parts) -> dict[str, Any]:
-    facts = family_metadata(parts.family, parts.schedule.prediction)
+    facts = parts.family.facts(parts.schedule.prediction)
     return {
         "ss_v2": facts["ss_v2"],
         "ss_base_model_version": facts["ss_base_model_version"],
@@ -282,7 +272,7 @@ def _ours(config: Config, parts: Parts) -> dict[str, Any]:
 def _modelspec(config: Config, parts: Parts, progress: Progress, output_name: str, resolution: int) -> dict[str, Any]:
     moment = progress.started_at if progress.finished_at is None else progress.finished_at
     date = datetime.datetime.fromtimestamp(moment, datetime.UTC).replace(microsecond=0, tzinfo=None)
-    facts = family_metadata(parts.family, parts.schedule.prediction)
+    facts = parts.family.facts(parts.schedule.prediction)
     values = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": facts["modelspec.architecture"],

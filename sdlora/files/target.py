@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from sdlora.atomic import free_space
 from sdlora.errors import ConfigError, TrainingError
 
 
@@ -61,8 +61,7 @@ def require_space(out: Path, needed: int) -> None:
     Raises:
         TrainingError: if fewer are free where `out` will lie.
     """
-    there = next(place for place in out.absolute().parents if place.is_dir())
-    free = shutil.disk_usage(there).free
+    there, free = free_space(out.absolute().parent)
     if free < needed:
         raise TrainingError(
             f"{there} has {free / 1e6:.0f} MB free, and {out.name} takes {needed / 1e6:.0f} MB; free some, or write it "

@@ -6,14 +6,13 @@ import json
 import math
 import re
 import shlex
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdlora.atomic import explain, write_text
+from sdlora.atomic import explain, free_space, write_text
 from sdlora.config import Config
 from sdlora.config_io import load_config, to_toml
 from sdlora.errors import ConfigError, TrainingError
@@ -218,8 +217,7 @@ def require_space(root: Path, needed: int) -> None:
     Raises:
         TrainingError: if fewer than `needed` bytes are free where `root` lies, or will lie.
     """
-    there = next(place for place in (root.absolute(), *root.absolute().parents) if place.is_dir())
-    free = shutil.disk_usage(there).free
+    _, free = free_space(root)
     if free < needed:
         raise TrainingError(
             f"{root} has {free / 1e6:.0f} MB free, and this run writes up to {needed / 1e6:.0f} MB; free some, "

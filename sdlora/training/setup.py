@@ -17,9 +17,8 @@ from sdlora.data.dataset import Dataset, bucket_counts, prepare
 from sdlora.data.folder import MAX_REASONS, scan
 from sdlora.diffusion.noise import generator
 from sdlora.errors import ConfigError
-from sdlora.families import Parts, identify, load_parts, native_resolution, resolve_base
+from sdlora.families import Base, Parts, identify, load_parts, native_resolution, resolve_base
 from sdlora.families.chunks import CHUNK
-from sdlora.families.text import clip_skip_notes
 from sdlora.training.board import Board, require_tensorboard
 from sdlora.training.checkpoint import Checkpoint, latest_checkpoint
 from sdlora.training.device import choose_threads
@@ -59,14 +58,7 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
     device = choose_device()
     precision = choose_precision(config.train.precision, device)
     attention, attention_reason = choose_attention(config.train.attention, device, precision.dtype)
-    base = resolve_base(
-        config.base.model,
-        reporter.say,
-        config.base.revision,
-        allow_pickle=config.base.allow_pickle,
-        cache_dir=cache.folder,
-    )
-    reporter.say(f"Base: {base.name} ({identify(base.path, config.base.family).title}; {base.reason})")
+    base = _find_base(config, cache, reporter)
     resolution = config.data.resolution or native_resolution(base.path)
     num_pictures, counts = bucket_counts(pictures.examples, config.data, resolution)
     plan = make_plan(config, num_pictures, counts.values())
@@ -96,8 +88,7 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
     reporter.end()
     texts = Texts(parts, config, cache, plan.total_steps)
     prompt_notes = [note for prompt in prompts for note in prompt.notes]
-    skip_notes = clip_skip_notes(parts, config.base.clip_skip)
-    for note in (*dataset.notes, *_overlong(texts, dataset), *prompt_notes, *skip_notes):
+    for note in (*dataset.notes, *_overlong(texts, dataset), *prompt_notes, *texts.notes):
         reporter.warn(note)
 
     # What trains.
@@ -159,6 +150,16 @@ def attach_adapters(parts: Parts, config: Config) -> Adapters:
         layers = find_layers(model, rules)
         adapters[component] = inject(model, layers, lambda path, layer, c=component: make(c, path, layer))
     return adapters
+
+
+def _find_base(config: Config, cache: Cache, reporter: Reporter) -> Base:
+    """Finds the base, and says which it is; a wrong family is an error already here."""
+    wanted = config.base
+    base = resolve_base(
+        wanted.model, reporter.say, wanted.revision, allow_pickle=wanted.allow_pickle, cache_dir=cache.folder
+    )
+    reporter.say(f"Base: {base.name} ({identify(base.path, wanted.family).title}; {base.reason})")
+    return base
 
 
 def _newest(run: RunFolder, plan: Plan, reporter: Reporter) -> Checkpoint | None:

@@ -92,14 +92,15 @@ def _machine() -> Report:
 def _folders() -> list[Report]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    from sdlora.atomic import free_space
     from sdlora.data.cache import Cache
 
     places = {"latents": Cache(None).folder, "downloaded models": Path(HF_HUB_CACHE), "runs": Path.cwd() / "runs"}
     rows = []
     for what, folder in places.items():
-        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        free = round(shutil.disk_usage(existing).free / 1e9, 1)
-        rows.append({"what": what, "folder": str(folder), "free_gb": free, "writable": os.access(existing, os.W_OK)})
+        existing, free = free_space(folder)
+        writable = os.access(existing, os.W_OK)
+        rows.append({"what": what, "folder": str(folder), "free_gb": round(free / 1e9, 1), "writable": writable})
     return rows
 
 

@@ -14,6 +14,7 @@ from sdlora.data.text import TextStates
 from sdlora.diffusion.noise import generator
 from sdlora.families import Conditioning, Parts
 from sdlora.families.chunks import CHUNK
+from sdlora.families.text import clip_skip_notes
 
 
 class Texts:
@@ -27,12 +28,14 @@ class Texts:
 
     Attributes:
         stops: the step from which on the text encoders learn no more.
+        notes: what the user should know of how captions are read, a sentence each.
     """
 
     def __init__(self, parts: Parts, config: Config, cache: Cache, total_steps: int) -> None:
         self.parts, self.config = parts, config
         self.num_chunks = config.base.max_tokens // CHUNK
         self.states = TextStates(parts, cache, config.base.clip_skip, self.num_chunks)
+        self.notes = clip_skip_notes(parts, config.base.clip_skip)
         self.stops = round(config.lora.text_encoder_stop * total_steps)
 
     def __call__(self, examples: Sequence[Example], step: int, positions: Sequence[int]) -> Conditioning:

@@ -9,6 +9,7 @@ import torch
 from sdlora.adapters import Lora, find_layers, inject
 from sdlora.diffusion.noise import generator
 from sdlora.families import Base, Parts, load_parts
+from sdlora.families.save_single import save_single
 
 Adapters = dict[str, dict[str, Lora]]
 
@@ -39,3 +40,25 @@ def adapt() -> Callable[..., Adapters]:
         return adapters
 
     return put
+
+
+@pytest.fixture(params=["sd1", "sd2", "sdxl"])
+def folder(request):
+    """A tiny base of each family as a diffusers folder."""
+    return request.getfixturevalue(f"tiny_{request.param}")
+
+
+@pytest.fixture(params=["folder", "file"])
+def base(request, folder, tmp_path):
+    """A tiny base as a diffusers folder and as a single file in the original layout."""
+    if request.param == "folder":
+        return folder
+    save_single(folder, tmp_path / "base.safetensors")
+    return tmp_path / "base.safetensors"
+
+
+@pytest.fixture
+def single(tiny_sd1, tmp_path):
+    """A tiny base of Stable Diffusion 1.x as a single file."""
+    save_single(tiny_sd1, tmp_path / "base.safetensors")
+    return tmp_path / "base.safetensors"

@@ -17,8 +17,6 @@ from sdlora.container import open_container
 from sdlora.errors import ConfigError, LoraFileError, ModelError, TrainingError
 from sdlora.families import Base, load_parts
 from sdlora.families.places import places
-from sdlora.families.save_single import save_single
-from sdlora.files import target
 from sdlora.files.attach import attach
 from sdlora.files.bake import bake
 from sdlora.files.changes import matrix_of
@@ -27,26 +25,6 @@ from sdlora.files.merge import Weighed
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 QUERY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-
-
-@pytest.fixture(params=["sd1", "sd2", "sdxl"])
-def folder(request):
-    return request.getfixturevalue(f"tiny_{request.param}")
-
-
-@pytest.fixture(params=["folder", "file"])
-def base(request, folder, tmp_path):
-    """A tiny base as a diffusers folder and as a single file in the original layout."""
-    if request.param == "folder":
-        return folder
-    save_single(folder, tmp_path / "base.safetensors")
-    return tmp_path / "base.safetensors"
-
-
-@pytest.fixture
-def single(tiny_sd1, tmp_path):
-    save_single(tiny_sd1, tmp_path / "base.safetensors")
-    return tmp_path / "base.safetensors"
 
 
 def rewritten(path, dtype=None, edit=lambda tensors: tensors, **metadata):
@@ -253,7 +231,7 @@ def test_a_full_disk_is_said_before_the_work(base, tmp_path, monkeypatch):
     lora = random_lora(tmp_path / "lora.safetensors", base)
     out = tmp_path / "deep" / "out.safetensors" if base.is_file() else tmp_path / "deep" / "out"
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(target.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(TrainingError, match=r"0 MB free, and out(\.safetensors)? takes"):
         bake(base, [Weighed(lora)], out)
     assert not out.parent.exists()

@@ -25,26 +25,6 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 QUERY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 
 
-@pytest.fixture(params=["sd1", "sd2", "sdxl"])
-def folder(request):
-    return request.getfixturevalue(f"tiny_{request.param}")
-
-
-@pytest.fixture(params=["folder", "file"])
-def base(request, folder, tmp_path):
-    """A tiny base as a diffusers folder and as a single file in the original layout."""
-    if request.param == "folder":
-        return folder
-    save_single(folder, tmp_path / "base.safetensors")
-    return tmp_path / "base.safetensors"
-
-
-@pytest.fixture
-def single(tiny_sd1, tmp_path):
-    save_single(tiny_sd1, tmp_path / "base.safetensors")
-    return tmp_path / "base.safetensors"
-
-
 def reached(base) -> list[str]:
     return [name for name in places(base)[1] if DENOISER.fullmatch(name) or TEXT.fullmatch(name)]
 
