@@ -9,11 +9,12 @@ configuration that a run stores is the one that the user gave.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 
@@ -28,6 +29,20 @@ def setting(default: Any, help: str, *, flag: str | None = None, common: bool = 
         **limits: pydantic bounds (`ge`, `gt`, `le`, `lt`).
     """
     return Field(default, description=help, json_schema_extra={"flag": flag, "common": common}, **limits)
+
+
+def _level(value: Any) -> Any:
+    return {"true": "all", "false": "none"}.get(str(value).lower(), value)
+
+
+Switch = BeforeValidator(_level)
+"""Marks a setting of several levels that was a switch once: true means all, false means none."""
+
+
+def _require_size(text: str) -> str:
+    if not re.fullmatch(r"auto|\d+(\.\d+)? ?[MG]B", text.strip(), re.IGNORECASE):
+        raise ValueError("must be auto or a size such as 8GB or 7500MB")
+    return text.strip()
 
 
 class Section(BaseModel):
@@ -153,10 +168,44 @@ class TrainSection(Section):
     accumulation: int = setting(
         1, "batches summed into one step; acts like a larger batch without its memory", ge=1, le=1024
     )
+    micro_batch: int | None = setting(
+        None,
+        "pictures computed at once; default: a whole batch. Less needs less memory and takes longer. On a CPU, N "
+        "processes with batches of b give, bit for bit, what one gives with batches of N * b and micro_batch = b",
+        ge=1,
+    )
     max_grad_norm: float = setting(1.0, "gradients longer than this are shortened to it; 0 switches it off", ge=0)
-    gradient_checkpointing: bool = setting(False, "recompute activations: much less memory, about 30 % more time")
+    gradient_checkpointing: Annotated[Literal["auto", "none", "attention", "all"], Switch] = setting(
+        "auto",
+        "recompute activations of attention blocks, or of all blocks: much less memory, up to 30 % more time; auto: as "
+        "the memory requires",
+    )
+    memory: Annotated[str, AfterValidator(_require_size)] = setting(
+        "auto",
+        "memory to stay within, e.g. 8GB; auto: what is free. Where it is too little, the fastest way of saving that "
+        "suffices is taken",
+    )
+    base_dtype: Literal["auto", "bf16", "fp8", "int8", "nf4"] = setting(
+        "auto",
+        "number format in which the frozen base is kept; fewer bits need less memory, more time, and round the base. "
+        "auto: that of the arithmetic, less where memory requires it",
+    )
+    offload: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "on a GPU, keep the frozen base in main memory and fetch it block by block: least memory, slowest; auto: if "
+        "nothing else is enough",
+    )
     attention: Literal["auto", "sdpa", "xformers"] = setting(
         "auto", "attention implementation; auto: torch's own (SDPA)"
+    )
+    cuda_graph: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "on CUDA, record a step's kernels once for each kind of batch and start them together; auto: where that is "
+        "possible and a recorded step computes the same",
+    )
+    pack_weights: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "on a CPU, keep the base's weights in the order that they are multiplied in: faster, twice their memory more",
     )
     min_snr_gamma: float = setting(
         5.0, "caps the loss weight of nearly clean pictures (Hang et al. 2023); 0 switches it off", ge=0
@@ -173,7 +222,9 @@ class TrainSection(Section):
 class OptimizerSection(Section):
     """How gradients become updates."""
 
-    optimizer: Literal["adamw"] = setting("adamw", "the optimizer")
+    optimizer: Literal["adamw", "adamw8bit"] = setting(
+        "adamw", "the optimizer; adamw8bit keeps moments of 8 bits, which saves little, for a LoRA has few numbers"
+    )
     learning_rate: float | None = setting(
         None,
         "step size; default: 1e-4 at SD 1.5's width, more for narrower denoisers. Too high breaks the picture",
@@ -206,6 +257,11 @@ class SamplesSection(Section):
     sampler: str = setting("DPM++ 2M", "sampler, named as in the WebUI")
     sample_seed: int = setting(1, "seed of the first sample; the next one takes the next number", ge=0, lt=2**32)
     negative_prompt: str = setting("", "what samples should not show")
+    sample_vae: Literal["taesd", "full"] = setting(
+        "taesd",
+        "VAE of the samples drawn on the way: taesd, small and fast, or full, the base's own, which the last ones get "
+        "anyway",
+    )
 
 
 class OutputSection(Section):

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sdlora.config import Config, all_settings
+from sdlora.config import Config, Switch, all_settings
 from sdlora.errors import ConfigError
 
 
@@ -69,7 +69,7 @@ def _misfits(values: dict[str, Any]) -> list[str]:
     for s in all_settings():
         table = values.get(s.section)
         value = table.get(s.key) if isinstance(table, dict) else None
-        if isinstance(value, bool) and s.field.annotation is not bool:
+        if isinstance(value, bool) and s.field.annotation is not bool and Switch not in s.field.metadata:
             problems.append(f"{s.path} must not be {str(value).lower()}; it is no switch")
         elif isinstance(value, str) and not value.strip() and "Path" in str(s.field.annotation):
             problems.append(f"{s.path} is empty; give a path, or leave it out")
@@ -137,7 +137,7 @@ def _explain(error: Any, known: set[str]) -> str:
         context = {k: f"{v:g}" if isinstance(v, float) else v for k, v in error.get("ctx", {}).items()}
         phrase = _PHRASES[kind].format(**context)
     else:
-        phrase = error["msg"].replace("Input should be", "must be")
+        phrase = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     return f"{path} {phrase}, got {_seen(error['input'])}"
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from sdlora.container_header import DTYPES, Entry, read_header
 from sdlora.errors import LoraFileError, SdloraError
+from sdlora.file_identity import Identity, identity
 
 _LAYOUT = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
 """The order in which the library lays tensors out, those of one format by name."""
@@ -36,6 +39,7 @@ class Container:
         metadata: the header's flat map of texts.
         header_bytes: length of the JSON header.
         error: what is raised when the file turns out to be bad.
+        identity: of the file when its header was read.
     """
 
     path: Path
@@ -43,6 +47,7 @@ class Container:
     metadata: dict[str, str]
     header_bytes: int
     error: type[SdloraError] = LoraFileError
+    identity: Identity = ()
 
     def data(self) -> bytearray:
         """Reads everything behind the header.
@@ -50,28 +55,71 @@ class Container:
         Raises:
             SdloraError: of the kind `error`, if the file cannot be read, or was changed meanwhile.
         """
-        return self._read(0, max((e.end for e in self.entries.values()), default=0))
+        data = bytearray(max((e.end for e in self.entries.values()), default=0))
+        self._read_into(memoryview(data), 0)
+        return data
 
     def read(self, key: str) -> Tensor:
-        """Reads one tensor and nothing else of the file.
+        """Reads one tensor and nothing else of the file, straight into memory of its own.
 
         Raises:
             SdloraError: of the kind `error`, if the file cannot be read, or was changed meanwhile.
         """
         entry = self.entries[key]
-        return _tensor(entry, self._read(entry.start, entry.end))
+        # Memory from torch begins at a multiple of 64 bytes. Kernels are faster there, and round in one way only.
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        if tensor.numel():
+            self._read_into(tensor.view(-1).view(torch.uint8).numpy().data, entry.start)
+        return tensor
 
-    def _read(self, start: int, end: int) -> bytearray:
-        data = bytearray(end - start)  # which a tensor can have for its memory, without a copy
+    def view(self, key: str) -> Tensor:
+        """Returns one tensor as it lies in the file, mapped into memory: nothing is read before it is used.
+
+        Use it for a copy into another number format or onto a device. It must not be kept: who writes into the file
+        changes it, and who cuts the file off ends the program.
+
+        Raises:
+            SdloraError: of the kind `error`, if the file cannot be read, or was changed meanwhile.
+        """
+        entry = self.entries[key]
+        if entry.start == entry.end:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        start = 8 + self.header_bytes + entry.start
+        piece = self._mapped[start : start + entry.end - entry.start]
+        if start % entry.dtype.itemsize:  # no library writes such a file, but it is allowed
+            piece = piece.clone()
+        return piece.view(entry.dtype).view(entry.shape)
+
+    def unmap(self) -> None:
+        """Lets go of the file, once no view of it is used any more; the next view maps it again."""
+        vars(self).pop("_mapped", None)
+
+    @cached_property
+    def _mapped(self) -> Tensor:
         try:
-            with self.path.open("rb") as file:
+            storage: Any = torch.UntypedStorage.from_file(str(self.path), False, self._size)
+        except (RuntimeError, OSError) as error:
+            raise self.error(f"cannot read {self.path}: {str(error).splitlines()[0]}") from error
+        return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+    @cached_property
+    def _size(self) -> int:
+        """Length of the whole file, in bytes, as its header has it."""
+        return 8 + self.header_bytes + max((e.end for e in self.entries.values()), default=0)
+
+    def _read_into(self, data: memoryview, start: int) -> None:
+        """Reads as many bytes as there is room for, from a place that is counted from the end of the header."""
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                whole = os.fstat(file.fileno()).st_size >= self._size
                 file.seek(8 + self.header_bytes + start)
-                count = file.readinto(data)
+                done = 0
+                while done < len(data) and (count := file.readinto(data[done:])):  # 2 GiB at most at a time
+                    done += count
         except OSError as error:
             raise self.error(f"cannot read {self.path}: {error.strerror or error}") from error
-        if count != end - start:
+        if done != len(data) or not whole:
             raise self.error(f"{self.path} was changed while it was read; try again")
-        return data
 
     def tensors(self, data: bytearray) -> dict[str, Tensor]:
         """Cuts the bytes that `data` returned into tensors, each a copy of its own."""
@@ -96,7 +144,11 @@ def open_container(path: Path, what: str = "LoRA file", error: type[SdloraError]
         SdloraError: of the kind `error`, if there is no such file, or it is no whole, well-formed safetensors file.
     """
     try:
-        return Container(path, *read_header(path, what), error)
+        known = identity(path)  # before the header, so that a change in between shows
+    except (OSError, ValueError):
+        known = ()  # what is wrong, the reader of the header says better
+    try:
+        return Container(path, *read_header(path, what), error, known)
     except LoraFileError as problem:
         raise error(str(problem)) from problem.__cause__
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -116,6 +117,8 @@ def nano_parts() -> Parts:
 @pytest.fixture
 def complaints():
     """What diffusers, peft and transformers log while the test runs: keys left over, keys missing."""
+    for name in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
+        getattr(diffusers, name)  # importing them logs advice on torchvision
     lines: list[str] = []
 
     class Collector(logging.Handler):

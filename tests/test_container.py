@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import struct
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -226,3 +227,51 @@ def test_a_renamed_pickle_is_refused_and_never_runs(tmp_path, protocol):
     with pytest.raises(LoraFileError, match="pickle"):
         read_lora(path)
     assert not trap.exists()
+
+
+def test_a_view_is_what_is_read_and_reading_gives_memory_of_ones_own(tmp_path):
+    tensors = TENSORS | {"none": torch.empty(0, 3), "flag": torch.tensor([True, False]), "b": torch.ones(3).bfloat16()}
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(serialize(tensors, {}))
+    container = open_container(path)
+    for key, tensor in tensors.items():
+        read = container.read(key)
+        assert read.dtype == tensor.dtype and torch.equal(read, tensor) and torch.equal(container.view(key), tensor)
+        assert read.data_ptr() % 64 == 0
+    kept = container.read("lora_unet_a.alpha")
+    container.unmap()
+    path.write_bytes(bytes(path.stat().st_size))
+    assert kept == 2
+    assert container.view("lora_unet_a.alpha") == 0  # mapped anew
+
+
+def test_a_view_may_begin_anywhere(tmp_path):
+    header = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    raw = json.dumps(header).encode()
+    raw += b" " * (-(len(raw) + 8) % 4 + 3)  # numbers begin one byte before a multiple of four
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(framed(raw, struct.pack("<2f", 1.5, -2.0)))
+    assert open_container(path).view("a").tolist() == [1.5, -2.0]
+
+
+def test_a_file_that_was_cut_off_meanwhile_is_an_error(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(whole())
+    container = open_container(path)
+    path.write_bytes(whole()[:-1])
+    for get in (container.read, container.view):
+        with pytest.raises(LoraFileError, match=r"a\.safetensors"):
+            get("lora_unet_a.alpha")
+
+
+def test_the_identity_of_a_file_is_another_after_every_change(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(whole())
+    seen = {open_container(path).identity}
+    stamp = path.stat()
+    for _ in range(3):
+        time.sleep(0.02)  # a tick of the disk's clock
+        path.write_bytes(whole())
+        os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+        seen.add(open_container(path).identity)
+    assert len(seen) == 4

@@ -9,6 +9,8 @@ PACKAGE = Path(__file__).parent.parent / "sdlora"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "os.system"}
 FORBIDDEN_MODULES = {"pickle", "dill", "shelve", "marshal", "subprocess"}
+STARTS_PROCESSES = {("data", "workers.py"), ("cli", "processes.py")}
+"""The files that may start programs, and then only Python itself with this package, and no shell."""
 FORBIDDEN_ARGUMENTS = {"trust_remote_code", "shell"}
 WEIGHTS_ONLY = Path("families", "pickles.py")
 """The one file that may call `torch.load`, and only as the reader that runs none of a pickle's code."""
@@ -16,6 +18,7 @@ WEIGHTS_ONLY = Path("families", "pickles.py")
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_no_code_from_elsewhere_is_run(path):
+    forbidden = FORBIDDEN_MODULES - ({"subprocess"} if path.parts[-2:] in STARTS_PROCESSES else set())
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):
             call = ast.unparse(node.func)
@@ -25,9 +28,9 @@ def test_no_code_from_elsewhere_is_run(path):
                 assert call not in FORBIDDEN_CALLS, ast.unparse(node)
             assert not {k.arg for k in node.keywords} & FORBIDDEN_ARGUMENTS, ast.unparse(node)
         elif isinstance(node, ast.Import):
-            assert not {alias.name.split(".")[0] for alias in node.names} & FORBIDDEN_MODULES
+            assert not {alias.name.split(".")[0] for alias in node.names} & forbidden
         elif isinstance(node, ast.ImportFrom):
-            assert (node.module or "").split(".")[0] not in FORBIDDEN_MODULES
+            assert (node.module or "").split(".")[0] not in forbidden
 
 
 def test_imports_point_one_way():

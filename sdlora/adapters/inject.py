@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sdlora.adapters.adapter import Adapter
+from sdlora.frozen import Frozen
 
 A = TypeVar("A", bound=Adapter)
 
@@ -32,7 +34,8 @@ class Target:
 
     def selects(self, path: str, layer: nn.Module, ancestors: Sequence[str]) -> bool:
         """Tells whether the rule takes the layer at `path`, whose ancestors' class names are given."""
-        if type(layer).__name__ not in self.layers:
+        kind = layer.kind if isinstance(layer, Frozen) else type(layer).__name__
+        if kind not in self.layers:
             return False
         if self.under and not set(self.under) & set(ancestors):
             return False
@@ -123,6 +126,69 @@ def strength(adapters: Mapping[str, Adapter], value: float) -> Iterator[None]:
     finally:
         for path, adapter in adapters.items():
             adapter.strength = before[path]
+
+
+@contextmanager
+def merged(model: nn.Module, room: int | None = None) -> Iterator[int]:
+    """Puts every change into the weight beneath it for the time of a `with` block, so that it costs no time there.
+
+    The adapters are out of the model meanwhile. A changed layer gets a second weight, the sum in fp32 rounded once to
+    the weight's dtype; the first one is not written to, for it may be mapped from a file. Afterwards every adapter,
+    layer and weight is the very same object in its place again, also after an error. Results differ from those with
+    adapters by rounding.
+
+    An adapter stays in its place if no room is left, or if its layer stores the weight so that nothing can be added to
+    it: no floating point numbers, or a `can_merge` that is false.
+
+    Args:
+        model: changed in place.
+        room: bytes that the second weights may take; `None` sets no limit. All together they are as large as the
+            changed layers' weights: with LoRA in attention and feed-forward layers and two bytes a number, 0.5 GB for
+            SD 1.5 and 4.4 GB for SDXL. Adapters of strength 0 need nothing.
+
+    Yields:
+        How many adapters are out.
+    """
+    out: list[tuple[str, Adapter, nn.Module, Tensor | None]] = []
+    left = float("inf") if room is None else room
+    try:
+        for path, adapter in adapters_in(model).items():
+            layer, weight = adapter.layer, None
+            changes = [change for change in _stacked(adapter) if change.strength]
+            if changes:
+                if not getattr(layer, "can_merge", True):
+                    continue
+                weight = adapter.weight
+                needed = weight.numel() * weight.element_size()
+                if needed > left or not weight.is_floating_point():
+                    continue
+                left -= needed
+            out.append((path, adapter, layer, weight))
+            if weight is not None:
+                layer.weight = nn.Parameter(_sum(weight, changes), requires_grad=False)
+            _put(model, path, layer)
+        yield len(out)
+    finally:
+        for path, adapter, layer, weight in out:
+            if weight is not None:
+                layer.weight = weight  # type: ignore[assignment]
+            _put(model, path, adapter)
+
+
+def _stacked(adapter: Adapter) -> Iterator[Adapter]:
+    """Yields the adapters on one layer, the outermost first."""
+    inner: nn.Module = adapter
+    while isinstance(inner, Adapter):
+        yield inner
+        inner = inner.base
+
+
+@torch.no_grad()
+def _sum(weight: Tensor, changes: Sequence[Adapter]) -> Tensor:
+    total = weight.float()
+    for change in changes:
+        total = total + change.strength * change.delta_weight().to(weight.device)
+    return total.to(weight.dtype)
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:

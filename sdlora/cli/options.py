@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import click
 
-from sdlora.config import Config, Setting, all_settings
+from sdlora.config import Config, Setting, Switch, all_settings
 
 
 def setting_options() -> list[click.Option]:
@@ -24,7 +24,8 @@ def _option(s: Setting) -> click.Option:
     if s.field.annotation is bool:
         flags = [s.key, f"{s.flag}/--no-{s.flag.removeprefix('--')}"]
         return click.Option(flags, default=None, help=help_text, hidden=not s.common)
-    return click.Option([s.key, s.flag], help=help_text, hidden=not s.common, metavar=_metavar(s))
+    alone: Any = {"is_flag": False, "flag_value": "true"} if Switch in s.field.metadata else {}
+    return click.Option([s.key, s.flag], help=help_text, hidden=not s.common, metavar=_metavar(s), **alone)
 
 
 def given(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -73,11 +73,7 @@ _SEEDS = 2**32
     help="Pictures for each prompt, seeds counting up.",
 )
 @click.option(
-    "--batch-size",
-    type=click.IntRange(1, 256),
-    default=4,
-    show_default=True,
-    help="Pictures drawn at once; more needs more memory.",
+    "--batch-size", type=click.IntRange(1, 256), help="Pictures drawn at once, for more memory. Default: by their size."
 )
 @click.option(
     "--clip-skip",
@@ -115,7 +111,7 @@ def command(
     sampler: str,
     seed: int,
     count: int,
-    batch_size: int,
+    batch_size: int | None,
     clip_skip: int | None,
     precision: str,
     output: Path,
@@ -197,6 +193,7 @@ def _choose_base(wanted: str | None, loras: Sequence[LoraFile], revision: str | 
 
 
 def _load(base: Base, used: Sequence[Weighed], precision: str, replaced: dict[str, str | None]) -> Parts:
+    from sdlora.adapters import merge
     from sdlora.families import load_parts
     from sdlora.files.attach import attach
     from sdlora.files.webui import printable
@@ -217,6 +214,8 @@ def _load(base: Base, used: Sequence[Weighed], precision: str, replaced: dict[st
     for u in used:
         attach(parts, u.lora, u.strength)
         click.echo(f"LoRA: {printable(str(u.lora.path))} at strength {u.strength:g}")
+    for component in parts.components.values():
+        merge(component)  # so that LoRAs cost no time; they stay to the end
     return parts
 
 
@@ -252,23 +251,25 @@ def _print_notes(asked: Sequence[Prompt], used: Sequence[Weighed]) -> None:
 
 
 def _draw_and_save(
-    parts: Parts, prompts: Sequence[Prompt], used: Sequence[Weighed], clip_skip: int, batch_size: int, folder: Path
+    parts: Parts, prompts: Sequence[Prompt], used: Sequence[Weighed], skip: int, batch_size: int | None, folder: Path
 ) -> list[Image.Image]:
     """Draws batch after batch and saves each at once, so that an interruption loses little."""
     from sdlora.atomic import replacing
     from sdlora.sampling.infotext import parameters, png_info
     from sdlora.sampling.pipeline import draw
+    from sdlora.sampling.room import pictures_at_once
 
     loras = [(u.lora.path.stem, u.strength, u.lora.metadata.get("sshs_model_hash") or u.lora.model_hash) for u in used]
     number = _last_number(folder, r"(\d{5,})-\d+\.png")
-    pictures = []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        drawn = draw(parts, batch, clip_skip=clip_skip, batch_size=batch_size)
+    pictures, texts = [], {}
+    together = batch_size or max(pictures_at_once(parts, prompt) for prompt in prompts)
+    for start in range(0, len(prompts), together):
+        batch = prompts[start : start + together]
+        drawn = draw(parts, batch, clip_skip=skip, batch_size=batch_size, texts=texts)
         for prompt, picture in zip(batch, drawn, strict=True):
             number += 1
             text = parameters(
-                prompt, base_name=parts.name, base_hash=None, loras=loras, clip_skip=clip_skip, version=__version__
+                prompt, base_name=parts.name, base_hash=None, loras=loras, clip_skip=skip, version=__version__
             )
             path = folder / f"{number:05d}-{prompt.seed}.png"
             with replacing(path) as temporary:

@@ -1,33 +1,28 @@
 """Pictures become latents once, and epochs become lists of batches by a pure function of (seed, epoch).
 
-All latents lie in memory, fp32, on the CPU: ten thousand pictures at 512 pixels take little more than a gigabyte.
-Pictures are encoded one at a time: in a batch the last bits of a latent would depend on its neighbours, and so on what
-happened to be cached already.
+All latents lie in memory, fp32: ten thousand pictures at 512 pixels take little more than a gigabyte. Where they fit
+they lie on the device, those of one size in one tensor, and a batch is a choice of its rows.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from sdlora.config import DataSection
 from sdlora.data.buckets import Fit, crop_offset, fit, step_for
-from sdlora.data.cache import Cache, fingerprint
-from sdlora.data.colour import background_colour
+from sdlora.data.cache import Cache
+from sdlora.data.encoding import Encoder, Latents, Progress, Variant, Wanted, look_up, share
 from sdlora.data.folder import Example, Scan
-from sdlora.data.image import decode, pixels, read_bytes, resize_crop
+from sdlora.data.stacks import Stacks
 from sdlora.data.tree import printable, shortened
 from sdlora.diffusion.noise import generator
 from sdlora.errors import DatasetError
 from sdlora.families import Parts, PictureSize
-
-_VERSION = 1  # raise it when the same picture is to be decoded, resized or encoded differently
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class Batch:
     """Latents of B pictures of one size.
 
     Attributes:
-        mean: centre of the VAE's distribution, (B, C, h, w), fp32, CPU.
+        mean: centre of the VAE's distribution, (B, C, h, w), fp32, where the data set's latents lie.
         std: its deviation, the same shape, or `None` where the VAE is deterministic.
         examples: the pictures, B of them.
         sizes: how each came to its size.
@@ -60,15 +55,6 @@ class Batch:
     sizes: list[PictureSize]
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way of cutting a picture out: the bucket's place in the resized picture, in pixels, and whether mirrored."""
-
-    left: int
-    top: int
-    flip: bool
-
-
 @dataclass
 class Dataset:
     """Pictures ready for training.
@@ -77,7 +63,7 @@ class Dataset:
         examples: those that train.
         fits: their sizes.
         variants: per example: the ways in which it is cut out.
-        latents: per example and variant: `mean` and, unless the VAE is deterministic, `std`, each (C, h, w).
+        latents: per example and variant; see `encoding.Latents`.
         seed: decides the order.
         notes: what the user should know, a sentence each.
         cached: how many latents came from the cache.
@@ -87,11 +73,12 @@ class Dataset:
     examples: list[Example]
     fits: list[Fit]
     variants: list[list[Variant]]
-    latents: list[list[dict[str, Tensor]]]
+    latents: list[list[Latents]]
     seed: int
     notes: list[str] = field(default_factory=list)
     cached: int = 0
     encoded: int = 0
+    _stacks: Stacks | None = field(default=None, repr=False, compare=False)
     _last: tuple[tuple[int, int], list[list[Sample]]] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -146,11 +133,40 @@ class Dataset:
 
     def load(self, batch: Sequence[Sample]) -> Batch:
         """Puts the latents of a batch together."""
-        chosen = [self.latents[sample.example][sample.variant] for sample in batch]
-        std = torch.stack([latents["std"] for latents in chosen]) if "std" in chosen[0] else None
-        mean = torch.stack([latents["mean"] for latents in chosen])
+        places = [(sample.example, sample.variant) for sample in batch]
+        if self._stacks:
+            latents = self._stacks.rows(places)
+        else:
+            chosen = [self.latents[example][variant] for example, variant in places]
+            latents = {name: torch.stack([one[name] for one in chosen]) for name in chosen[0]}
         sizes = [self._size(sample) for sample in batch]
-        return Batch(mean, std, [self.examples[sample.example] for sample in batch], sizes)
+        examples = [self.examples[sample.example] for sample in batch]
+        return Batch(latents["mean"], latents.get("std"), examples, sizes)
+
+    def to_device(self, device: torch.device | str, budget_bytes: float = math.inf) -> bool:
+        """Puts the latents of each size into one tensor, so that a batch is a choice of rows; the values stay the same.
+
+        Args:
+            device: where they shall lie.
+            budget_bytes: what they may take there. If they need more they stay in the processor's memory, pinned if
+                they are for a CUDA device, so that a copy of a batch need not be waited for.
+
+        Returns:
+            Whether they lie on that device now.
+        """
+        device = torch.device(device)
+        fits = self.num_bytes <= budget_bytes
+        self._stacks = Stacks(
+            self.latents, device if fits else torch.device("cpu"), pin=device.type == "cuda" and not fits
+        )
+        self.latents = self._stacks.views()
+        return fits
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the latents take."""
+        unique = {id(tensor): tensor for each in self.latents for one in each for tensor in one.values()}
+        return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
 
     def _size(self, sample: Sample) -> PictureSize:
         example, fitted = self.examples[sample.example], self.fits[sample.example]
@@ -167,8 +183,15 @@ def prepare(
     seed: int,
     cache: Cache,
     on_progress: Callable[[int, int], None] | None = None,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], None] = lambda: None,
 ) -> Dataset:
     """Encodes the pictures of a folder, those that are not cached yet.
+
+    Several processes share the work: each encodes its part of what is missing, and then all read it. What a process
+    cannot read, because the cache cannot be written or is not shared, it encodes itself.
 
     Args:
         parts: the base.
@@ -177,25 +200,41 @@ def prepare(
         seed: decides random crops and the order of epochs.
         cache: latents of earlier runs.
         on_progress: told (pictures done, pictures in all) after each one.
+        rank: number of this process.
+        world_size: number of processes; all must see the same pictures.
+        barrier: waits until all processes have called it; called twice in each.
 
     Raises:
         DatasetError: if a picture has changed since the scan, its latents are not finite, or all are too small.
     """
     examples, fits, notes = _fitting(scan.examples, config, config.resolution or parts.resolution)
     cuts = [variants(example, fitted, config, seed) for example, fitted in zip(examples, fits, strict=True)]
-    dataset = Dataset(examples, fits, cuts, [], seed, notes)
-    total, skipped = len(scan.examples), len(scan.examples) - len(examples)
-    told = on_progress or (lambda done, total: None)
-    for done in range(1, skipped + 1):
-        told(done, total)
-    encoder = _Encoder(parts, scan.background, cache)
-    for done, (example, fitted, cut) in enumerate(zip(examples, fits, cuts, strict=True), skipped + 1):
-        dataset.latents.append(encoder(example, fitted, cut))
-        told(done, total)
-    dataset.cached, dataset.encoded = encoder.cached, encoder.encoded
+    encoder = Encoder(parts, scan.background, cache)
+    pictures = [
+        Wanted(example, fitted, cut, [encoder.key(example, fitted, variant) for variant in cut])
+        for example, fitted, cut in zip(examples, fits, cuts, strict=True)
+    ]
+    progress = Progress(on_progress, len(scan.examples))
+    progress.add(len(scan.examples) - len(examples))
+    found: dict[str, Latents] = {}
+    missing = look_up(pictures, cache, found)
+    progress.add(len(pictures) - len(missing))
+    if world_size > 1:
+        barrier()  # nobody writes before all know what is missing, so that they share the same list
+        try:
+            found |= encoder.encode(share(missing, rank, world_size), progress.add)
+        except Exception:
+            barrier()  # the others find it missing, and the same mistake
+            raise
+        barrier()
+        missing = look_up(missing, cache, found)
+    found |= encoder.encode(missing, progress.add)
+    progress.finish()
     if cache.problem:
         notes.append(cache.problem)
-    return dataset
+    latents = [[found[key] for key in picture.keys] for picture in pictures]
+    places = sum(map(len, latents))
+    return Dataset(examples, fits, cuts, latents, seed, notes, places - encoder.encoded, encoder.encoded)
 
 
 def bucket_counts(
@@ -262,51 +301,3 @@ def _table(examples: Sequence[Example], fits: Sequence[Fit]) -> dict[tuple[int, 
         size = fitted.width, fitted.height
         counts[size] = counts.get(size, 0) + example.repeats
     return dict(sorted(counts.items()))
-
-
-class _Encoder:
-    """Gets latents from the cache, or from the VAE; decodes a picture only if one of its variants is missing."""
-
-    def __init__(self, parts: Parts, background: str, cache: Cache) -> None:
-        self.parts, self.background, self.cache = parts, background, cache
-        self.cached = self.encoded = 0
-        dtype = next(parts.vae.parameters()).dtype
-        model = parts.family.name, fingerprint(parts.vae), str(dtype)
-        self._model = [_VERSION, *model, background_colour(background)]
-
-    def __call__(self, example: Example, fitted: Fit, wanted: Sequence[Variant]) -> list[dict[str, Tensor]]:
-        image: Image.Image | None = None
-        found = []
-        for variant in wanted:
-            key = Cache.key("latents", self._model, example.digest, vars(fitted), vars(variant))
-            latents = self.cache.get(key)
-            if latents is None:
-                image = image or self._read(example)
-                latents = self._encode(image, example, fitted, variant)
-                self.cache.put(key, latents)
-                self.encoded += 1
-            else:
-                self.cached += 1
-            found.append(latents)
-        return found
-
-    def _read(self, example: Example) -> Image.Image:
-        content = read_bytes(example.path)
-        if hashlib.sha256(content).hexdigest() != example.digest:  # or its latents would be kept under a wrong name
-            raise DatasetError(f"{example.path} has changed while it was being read; run again")
-        return decode(content, self.background).image
-
-    def _encode(self, image: Image.Image, example: Example, fitted: Fit, variant: Variant) -> dict[str, Tensor]:
-        scaled, size = (fitted.scaled_width, fitted.scaled_height), (fitted.width, fitted.height)
-        cut = pixels(resize_crop(image, scaled, (variant.left, variant.top), size))
-        if variant.flip:
-            cut = cut.flip(-1)
-        with torch.no_grad():
-            mean, std = self.parts.family.encode_images(self.parts, cut[None].to(self.parts.device))
-        latents = {"mean": mean[0].float().cpu()} | ({} if std is None else {"std": std[0].float().cpu()})
-        if not all(bool(values.isfinite().all()) for values in latents.values()):
-            raise DatasetError(
-                f"the latents of {example.path} are not finite; the VAE of {self.parts.name} does not work in "
-                f"{next(self.parts.vae.parameters()).dtype}, or the picture is damaged"
-            )
-        return latents

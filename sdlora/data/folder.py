@@ -6,23 +6,20 @@ anything else happens, so that a broken one is named now and not after an hour.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import PIL
-import torch
+from typing import NamedTuple
 
 from sdlora.data.cache import Cache
 from sdlora.data.colour import BAD_PROFILE, background_colour
-from sdlora.data.image import BAD_EXIF, FIRST_FRAME, decode, read_bytes, sniff
+from sdlora.data.decoding import Seen
+from sdlora.data.image import BAD_EXIF, FIRST_FRAME, sniff
+from sdlora.data.index import PictureIndex, state
 from sdlora.data.sidecars import Sidecars, is_sidecar
 from sdlora.data.tree import Tree, printable, shortened, walk
+from sdlora.data.workers import Workers, expected_seconds
 from sdlora.errors import DatasetError
 
 PICTURE_ENDINGS = {
@@ -35,7 +32,6 @@ MAX_REPEATS = 1000
 _REPEATS = re.compile(r"(\d+)_(.+)")
 MAX_REASONS = 20
 """How many files an error lists."""
-_VERSION = 1  # raise it when pictures that were found readable have to be looked at again
 
 
 @dataclass(frozen=True)
@@ -132,7 +128,7 @@ def scan(folder: Path, trigger: str = "", background: str = "white", cache: Cach
         folder: searched to the bottom; hidden files are left alone.
         trigger: caption of pictures without one.
         background: colour behind transparent pictures.
-        cache: remembers, by content, which pictures were found readable, so that a second look is quick.
+        cache: remembers which pictures were found readable, so that a second look is quick.
 
     Raises:
         DatasetError: if there is no usable picture, with the reason for every file; or if a caption is empty or is not
@@ -148,8 +144,9 @@ def scan(folder: Path, trigger: str = "", background: str = "white", cache: Cach
             else f"there is no folder {folder}; give --images a folder of pictures"
         )
     tree = walk(folder)
-    off = [path for path in tree.files if _group(tree, path)[1] == 0]
-    files = [path for path in tree.files if _group(tree, path)[1] > 0]
+    groups = _groups(tree)
+    off = [path for path in tree.files if groups[path.parent].repeats == 0]
+    files = [path for path in tree.files if groups[path.parent].repeats > 0]
     sidecars = Sidecars(tree, [path for path in files if is_sidecar(path)])
     rest = [path for path in files if not is_sidecar(path)]
     candidates = [path for path in rest if _meant_as_picture(path)]
@@ -158,8 +155,8 @@ def scan(folder: Path, trigger: str = "", background: str = "white", cache: Cach
     captions = {path: sidecars.caption(path) for path in candidates}
     stray_lines = sidecars.lines_without_picture(candidates)
     sidecars.raise_problems()
-    looked = _look_at_all(candidates, background, cache)
-    examples, fallbacks = _examples(tree, looked, captions, trigger.strip())
+    looked = _look_at_all(candidates, background, PictureIndex(folder, cache))
+    examples, fallbacks = _examples(groups, looked, captions, trigger.strip())
 
     unreadable = {tree.name(path): str(seen) for path, seen in looked.items() if isinstance(seen, DatasetError)}
     result = Scan(
@@ -180,39 +177,25 @@ def scan(folder: Path, trigger: str = "", background: str = "white", cache: Cach
     return result
 
 
-@dataclass(frozen=True)
-class _Seen:
-    digest: str
-    width: int
-    height: int
-    notes: tuple[str, ...]
-
-
-def _look_at_all(paths: Sequence[Path], background: str, cache: Cache | None) -> dict[Path, _Seen | DatasetError]:
-    def look(path: Path) -> _Seen | DatasetError:
-        try:
-            return _look(read_bytes(path), background, cache)
-        except DatasetError as error:
-            return DatasetError(str(error).removeprefix(f"{path}: "))
-
-    # Few threads: each may hold a decoded picture of several hundred megabytes.
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        return dict(zip(paths, pool.map(look, paths), strict=True))
-
-
-def _look(content: bytes, background: str, cache: Cache | None) -> _Seen:
-    """Decodes a picture to see whether that works, unless it is known to."""
-    digest = hashlib.sha256(content).hexdigest()
-    key = Cache.key("readable", _VERSION, PIL.__version__, digest)
-    known = cache.get(key) if cache else None
-    if known is not None:
-        width, height, notes = json.loads(known["facts"].numpy().tobytes())
-        return _Seen(digest, width, height, tuple(notes))
-    decoded = decode(content, background)
-    facts = json.dumps([*decoded.image.size, decoded.notes]).encode()
-    if cache:
-        cache.put(key, {"facts": torch.frombuffer(bytearray(facts), dtype=torch.uint8)})
-    return _Seen(digest, decoded.image.width, decoded.image.height, decoded.notes)
+def _look_at_all(paths: Sequence[Path], background: str, index: PictureIndex) -> dict[Path, Seen | DatasetError]:
+    """Looks at those pictures that were not looked at before; returns what was seen of all, in their order."""
+    looked: dict[Path, Seen | DatasetError] = {}
+    states: dict[Path, list[int] | None] = {}
+    for path in paths:
+        if seen := index.same(path):
+            looked[path] = seen
+        else:
+            states[path] = state(path)
+    with Workers(expected_seconds(states)) as workers:
+        items = ((path, background, index.before(path)) for path in states)
+        for path, result in zip(states, workers.map("look", items), strict=True):
+            if isinstance(result, Seen):
+                index.note(path, result, states[path])
+                looked[path] = result
+            else:
+                looked[path] = DatasetError(str(result).removeprefix(f"{path}: "))
+    index.save()
+    return {path: looked[path] for path in paths}
 
 
 def _meant_as_picture(path: Path) -> bool:
@@ -225,27 +208,43 @@ def _meant_as_picture(path: Path) -> bool:
         return False
 
 
-def _group(tree: Tree, path: Path) -> tuple[str, int, str]:
-    """Returns group, repeats and words of the folder in which a file lies, by kohya's names if they are used."""
-    inside = path.relative_to(tree.root).parts
-    if len(inside) == 1:
-        return tree.root.resolve().name or "images", 1, ""
-    for folder in inside[:-1]:
-        match = _REPEATS.fullmatch(folder)
+class _Group(NamedTuple):
+    """What a folder says of the pictures in it: the group's name, its repeats, and the words of its name."""
+
+    name: str
+    repeats: int
+    words: str
+
+
+def _groups(tree: Tree) -> dict[Path, _Group]:
+    """Returns the group of each folder that files lie in."""
+    return {folder: _group(tree, folder) for folder in dict.fromkeys(path.parent for path in tree.files)}
+
+
+def _group(tree: Tree, folder: Path) -> _Group:
+    """Returns the group of a folder, by kohya's names if they are used."""
+    inside = folder.relative_to(tree.root).parts
+    if not inside:
+        return _Group(tree.label, 1, "")
+    for name in inside:
+        match = _REPEATS.fullmatch(name)
         if match and int(match[1]) <= MAX_REPEATS:
-            return folder, int(match[1]), match[2].replace("_", " ").strip()
-    return inside[0], 1, ""
+            return _Group(name, int(match[1]), match[2].replace("_", " ").strip())
+    return _Group(inside[0], 1, "")
 
 
 def _examples(
-    tree: Tree, looked: dict[Path, _Seen | DatasetError], captions: dict[Path, str | None], trigger: str
+    groups: dict[Path, _Group],
+    looked: dict[Path, Seen | DatasetError],
+    captions: dict[Path, str | None],
+    trigger: str,
 ) -> tuple[list[Example], list[str]]:
     """Puts the usable pictures together, and says how many got a caption of last resort."""
     examples, by_trigger, by_folder = [], 0, 0
     for path, seen in looked.items():
         if isinstance(seen, DatasetError):
             continue
-        group, repeats, words = _group(tree, path)
+        group, repeats, words = groups[path.parent]
         caption = captions[path]
         if caption is None:
             by_trigger += bool(trigger)

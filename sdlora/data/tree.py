@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 _SYSTEM = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
@@ -26,6 +27,11 @@ class Tree:
     files: list[Path] = field(default_factory=list)
     hidden: list[Path] = field(default_factory=list)
     skipped: dict[str, list[Path]] = field(default_factory=dict)
+
+    @cached_property
+    def label(self) -> str:
+        """The root's own name, also where it was given as `.`."""
+        return self.root.resolve().name or "images"
 
     def name(self, path: Path) -> str:
         """Names a file below the root in one printable line."""

@@ -1,7 +1,9 @@
 """Random numbers as a function of (seed, step, position), never of history.
 
 Each sample of each step has a generator of its own, on the CPU. So step n can be computed without step n - 1, a resumed
-run repeats an uninterrupted one bit for bit, and the numbers depend neither on the batch size nor on the device.
+run repeats an uninterrupted one bit for bit, and the numbers do not depend on the batch size. What a step draws on CUDA
+comes from `counter.py` instead, with the same properties: those numbers depend on the kind of device, but not on the
+batch size, the number of processes, or whether the step is recorded as a graph.
 """
 
 from __future__ import annotations

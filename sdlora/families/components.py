@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -25,7 +26,7 @@ _VAES: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": Auto
 
 @dataclass(kw_only=True)
 class Components:
-    """Modules in fp32 on the CPU, and what is known of them.
+    """Modules, and what is known of them.
 
     Attributes:
         denoiser: the UNet.
@@ -46,21 +47,29 @@ class Components:
     notes: list[str] = field(default_factory=list)
 
 
-def load_folder(folder: Path, family: Family, wanted: Collection[str]) -> Components:
+def load_folder(
+    folder: Path,
+    family: Family,
+    wanted: Collection[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Components:
     """Loads a diffusers folder.
 
     Args:
         folder: holds `unet/`, `vae/`, `scheduler/`, and for each text encoder its folder and that of its tokenizer.
         family: what it is.
         wanted: which of "vae" and the family's text encoders are read.
+        device: where they shall be.
+        dtype: number format of denoiser and text encoders; the VAE is always fp32.
 
     Raises:
         ModelError: if a part is missing or damaged.
     """
-    encoders = load_text_encoders(folder, family, wanted)
+    encoders = load_text_encoders(folder, family, wanted, device, dtype)
     return Components(
-        denoiser=load_component(UNet2DConditionModel, folder, "unet"),
-        vae=load_vae_folder(folder) if "vae" in wanted else None,
+        denoiser=load_component(UNet2DConditionModel, folder, "unet", device, dtype),
+        vae=load_vae_folder(folder, device=device) if "vae" in wanted else None,
         text_encoders={name: encoder for name, (encoder, _) in encoders.items()},
         tokenizers={name: tokenizer for name, (_, tokenizer) in encoders.items()},
         scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
@@ -68,7 +77,13 @@ def load_folder(folder: Path, family: Family, wanted: Collection[str]) -> Compon
     )
 
 
-def load_text_encoders(folder: Path, family: Family, wanted: Collection[str]) -> dict[str, tuple[nn.Module, Any]]:
+def load_text_encoders(
+    folder: Path,
+    family: Family,
+    wanted: Collection[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, tuple[nn.Module, Any]]:
     """Loads text encoders and their tokenizers from a diffusers folder: component name -> (encoder, tokenizer).
 
     Raises:
@@ -79,18 +94,19 @@ def load_text_encoders(folder: Path, family: Family, wanted: Collection[str]) ->
         if spec.component in wanted:
             tokenizer = spec.component.replace("text_encoder", "tokenizer")
             found[spec.component] = (
-                load_component(spec.cls, folder, spec.component),
+                load_component(spec.cls, folder, spec.component, device, dtype),
                 load_component(CLIPTokenizer, folder, tokenizer),
             )
     return found
 
 
-def load_vae_folder(folder: Path, name: str = "vae") -> nn.Module:
-    """Loads the VAE of a diffusers folder.
+def load_vae_folder(folder: Path, name: str = "vae", device: torch.device | str = "cpu") -> nn.Module:
+    """Loads the VAE of a diffusers folder, in fp32.
 
     Args:
         folder: the folder.
         name: of the folder in it that holds the VAE; empty if it is the VAE itself.
+        device: where it shall be.
 
     Raises:
         ModelError: if it is missing, damaged, or of a kind that Stable Diffusion does not have.
@@ -98,7 +114,7 @@ def load_vae_folder(folder: Path, name: str = "vae") -> nn.Module:
     kind = read_json(folder / name / "config.json").get("_class_name", "AutoencoderKL")
     if kind not in _VAES:
         raise ModelError(f"{folder / name} is a {kind}; an AutoencoderKL or an AutoencoderTiny is needed")
-    return load_component(_VAES[kind], folder, name)
+    return load_component(_VAES[kind], folder, name, device)
 
 
 def folder_resolution(folder: Path) -> int:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdlora.adapters import Target
+from sdlora.adapters import Adapter, Target
 from sdlora.diffusion.schedule import Schedule
-from sdlora.families.folders import quiet
+from sdlora.weights import moved
 
 Conditioning = dict[str, Tensor]
 """What the denoiser is told besides the noisy latents, each tensor with the batch in front.
@@ -171,14 +171,14 @@ class Parts:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The denoiser's number format."""
-        return next(self.denoiser.parameters()).dtype
+        """The denoiser's number format; factors of adapters have another."""
+        frozen = (m for m in self.denoiser.modules() if not isinstance(m, Adapter))
+        return next(p.dtype for module in frozen for p in module.parameters(recurse=False))
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Parts:
         """Moves everything to a device. The VAE stays fp32: in fp16 some VAEs overflow to black pictures."""
-        with quiet():  # diffusers warns of modules to be kept in fp32, and then names none
-            for module in self.components.values():
-                module.to(device, dtype)
-            self.vae.to(device, torch.float32)
+        for module in self.components.values():
+            moved(module, device, dtype)
+        moved(self.vae, device, torch.float32)
         self.schedule = self.schedule.to(device)
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,14 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from sdlora.container import Container, open_container
 from sdlora.errors import ModelError
+from sdlora.families.names import OLD_VAE_ATTENTION
+from sdlora.weights import Weight, assemble
 
 _VARIANTS = ("", ".fp16")
 _STEMS = ("diffusion_pytorch_model", "model")
+_OLD_VAE_LAYERS = [(f".attentions.0.{new}.", f".attentions.0.{old}.") for old, new in OLD_VAE_ATTENTION.items()]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -48,37 +52,101 @@ def weights_variant(folder: Path) -> str | None:
     return None
 
 
-def load_component(cls: Any, folder: Path, name: str) -> Any:
-    """Loads `folder/name` with a diffusers or transformers class, in fp32.
+def component_weights(folder: Path) -> dict[str, Container]:
+    """Finds the weights of one component of a diffusers folder, in one file or several: key -> its file.
 
     Raises:
-        ModelError: if it is missing, damaged, incomplete, or has weights in pickle files only.
+        ModelError: if there are none, a file is damaged, or an index names what is not there.
+    """
+    variant = weights_variant(folder)
+    if variant is None:
+        raise ModelError(f"{folder} holds no .safetensors weights")
+    part = f".{variant}" if variant else ""
+    for stem in _STEMS:
+        file = folder / f"{stem}{part}.safetensors"
+        if file.is_file():
+            container = open_container(file, "weights", ModelError)
+            return dict.fromkeys(container.entries, container)
+        for index in (f"{stem}{part}.safetensors.index.json", f"{stem}.safetensors.index{part}.json"):
+            if (folder / index).is_file():
+                return _shards(folder / index)
+    raise ModelError(f"{folder} holds no .safetensors weights of a usual name")
+
+
+def _shards(index: Path) -> dict[str, Container]:
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise ModelError(f"{index} does not say which weight is in which file; download it again")
+    outside = next((name for name in table.values() if Path(name).name != name), None)
+    if outside is not None:
+        raise ModelError(f"{index} points outside its folder, at {outside[:200]!r}; it is not read")
+    files = {name: open_container(index.parent / name, "weights", ModelError) for name in sorted(set(table.values()))}
+    for key, name in table.items():
+        if key not in files[name].entries:
+            raise ModelError(f"{index} says that {key[:200]!r} is in {name}, where it is not; download it again")
+    return {key: files[name] for key, name in table.items()}
+
+
+def load_component(
+    cls: Any, folder: Path, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Any:
+    """Loads `folder/name` with a diffusers or transformers class.
+
+    Args:
+        cls: a model's class, or a tokenizer's.
+        folder: a diffusers folder.
+        name: of the folder in it.
+        device: where a model shall be.
+        dtype: in which number format.
+
+    Raises:
+        ModelError: if it is missing, damaged, incomplete, quantised, or has weights in pickle files only.
     """
     place = folder / name
     if not place.is_dir():
         raise ModelError(f"the base model {folder} is incomplete: it has no {name}/ folder")
-    options: dict[str, Any] = {"local_files_only": True}
-    if hasattr(cls, "load_state_dict"):
-        variant = weights_variant(place)
-        if variant is None:
-            pickles = [p.name for p in place.glob("*.bin")] + [p.name for p in place.glob("*.ckpt")]
-            hint = f"; {pickles[0]} is a pickle, which can run code and is not read" if pickles else ""
-            raise ModelError(f"{place} holds no .safetensors weights{hint}")
-        options |= {"use_safetensors": True, "variant": variant or None}
-        options["dtype" if cls.__module__.startswith("transformers") else "torch_dtype"] = torch.float32
-        options["output_loading_info"] = True
     try:
         with quiet():
-            loaded = cls.from_pretrained(place, **options)
+            if not hasattr(cls, "load_state_dict"):
+                return cls.from_pretrained(place, local_files_only=True)
+            build = _builder(cls, place)
     except Exception as error:  # the libraries raise a dozen kinds for a damaged folder
         raise ModelError(f"cannot load {place}: {_first_line(error)}") from error
-    if "output_loading_info" not in options:
-        return loaded
-    model, info = loaded
-    if lost := sorted(info["missing_keys"]):  # the libraries would leave them at random
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        raise ModelError(f"{place} is incomplete: its weights lack {lost[0]}{more}; download it again")
-    return model
+    if weights_variant(place) is None:
+        pickles = [p.name for p in place.glob("*.bin")] + [p.name for p in place.glob("*.ckpt")]
+        hint = f"; {pickles[0]} is a pickle, which can run code and is not read" if pickles else ""
+        raise ModelError(f"{place} holds no .safetensors weights{hint}")
+    found = component_weights(place)
+
+    def weight(path: str) -> Weight:
+        key = next((key for key in _spellings(path) if key in found), None)
+        if key is None:  # the libraries would leave it at random
+            raise ModelError(f"{place} is incomplete: its weights lack {path}; download it again")
+        return Weight(found[key], key)
+
+    with quiet():
+        return assemble(build, weight, place, device, dtype)
+
+
+def _builder(cls: Any, place: Path) -> Callable[[], Any]:
+    """Reads a model's configuration; returns what builds the model."""
+    if "quantization_config" in read_json(place / "config.json"):
+        raise ModelError("it is quantised; give it in fp16, bf16 or fp32")
+    if cls.__module__.startswith("transformers"):
+        config = cls.config_class.from_pretrained(place, local_files_only=True)
+        return lambda: cls(config)
+    config = cls.load_config(place, local_files_only=True)
+    return lambda: cls.from_config(config)
+
+
+def _spellings(path: str) -> Iterator[str]:
+    """Yields the names under which a weight was stored by this and by older versions of the libraries."""
+    yield path
+    yield f"text_model.{path}"  # transformers up to 4
+    yield path.removeprefix("text_model.")
+    for new, old in _OLD_VAE_LAYERS:
+        if new in path:
+            yield path.replace(new, old)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from functools import cache
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from torch import Tensor
 
 from sdlora.container import Container
 from sdlora.errors import ModelError
@@ -20,13 +19,11 @@ from sdlora.families.family import Family, TextEncoder
 from sdlora.families.names import open_clip, original_unet, original_vae
 from sdlora.families.sd1 import SD1
 from sdlora.families.sdxl import SDXL
+from sdlora.weights import Weight
 
 DENOISER = "model.diffusion_model."
 AVERAGE = "model_ema."
 VAE = "first_stage_model."
-
-OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Layers of the VAE's attention as diffusers first called them, and as it calls them now."""
 
 _BARE_DENOISER = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
 _BARE_VAE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
@@ -121,12 +118,11 @@ class Component:
             raise ModelError(f"{self.container.path} is damaged: {self.key(path)} has the shape {list(shape)}")
         return shape[axis]
 
-    def cut(self, path: str, stored: Tensor) -> Tensor:
-        """Returns a weight out of the tensor under its key, a view."""
+    def weight(self, path: str) -> Weight:
+        """Returns a weight to be read; raises as `stored_shape` does."""
+        self.stored_shape(path)
         source = self.found(path)
-        if source.third is not None:
-            return stored.chunk(3)[source.third]
-        return stored.T if source.transposed else stored
+        return Weight(self.container, self.section[source.name], source.third, source.transposed)
 
     def count(self, pattern: str) -> int:
         """Counts how many weights there are whose name is the pattern with 0, 1, 2, ... in its gap."""

@@ -30,6 +30,7 @@ from sdlora.families.pickles import readable
 from sdlora.families.replacements import replace_text_encoders, replace_vae
 from sdlora.families.single import file_resolution, identify_file, load_file
 from sdlora.families.table import FAMILIES
+from sdlora.weights import moved
 
 NANO = Path(__file__).parent.parent / "nano"
 _HIGHEST = 2  # an eos_token_id that makes transformers look for the highest token, as old configurations want
@@ -138,12 +139,21 @@ def native_resolution(path: Path) -> int:
     return file_resolution(path, identify(path)) if path.is_file() else folder_resolution(path)
 
 
-def load_parts(base: Base, settings: BaseSection | None = None, **changes: Any) -> Parts:
-    """Loads a base model in fp32 on the CPU.
+def load_parts(
+    base: Base,
+    settings: BaseSection | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> Parts:
+    """Loads a base model. Each weight is read once and cast by itself, so there are never two models in memory.
 
     Args:
         base: what `resolve_base` found.
         settings: what the user wants otherwise: family, prediction type, VAE, text encoders. Default: nothing.
+        device: where it shall be.
+        dtype: number format of denoiser and text encoders; the VAE is always fp32, see `Parts.to`.
         **changes: single settings by name.
 
     Raises:
@@ -158,14 +168,18 @@ def load_parts(base: Base, settings: BaseSection | None = None, **changes: Any) 
         wanted = {"vae"} & wanted
     others = replace_text_encoders(settings.text_encoders, family) if settings.text_encoders else None
     if base.path.is_file():
-        components = load_file(base.path, family, wanted, _pooled_width(family, others[0]) if others else None)
+        width = _pooled_width(family, others[0]) if others else None
+        components = load_file(base.path, family, wanted, width, device, dtype)
     else:
-        components = load_folder(base.path, family, wanted)
+        components = load_folder(base.path, family, wanted, device, dtype)
     if settings.vae:
-        components.vae = replace_vae(settings.vae, family)
+        components.vae = moved(replace_vae(settings.vae, family), device, torch.float32)
     if others:
-        components.text_encoders, components.tokenizers = others
-    return _put_together(base, family, components, settings)
+        encoders, components.tokenizers = others
+        components.text_encoders = {name: moved(encoder, device, dtype) for name, encoder in encoders.items()}
+    parts = _put_together(base, family, components, settings)
+    parts.schedule = parts.schedule.to(device)
+    return parts
 
 
 def _pooled_width(family: Family, encoders: dict[str, Any]) -> int | None:

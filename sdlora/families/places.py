@@ -12,7 +12,7 @@ from sdlora.container import Container, open_container
 from sdlora.errors import ModelError
 from sdlora.families.components import identify_folder
 from sdlora.families.family import Family, TextEncoder
-from sdlora.families.folders import read_json, weights_variant
+from sdlora.families.folders import component_weights
 from sdlora.families.identify import identify_file
 from sdlora.families.layout import Component, components
 from sdlora.families.names import diffusers_unet
@@ -63,41 +63,6 @@ def places(base: Path) -> tuple[Family, dict[str, Place]]:
 def component_folder(base: Path, component: str) -> Path:
     """Returns where a diffusers folder keeps a component: `denoiser`, or a text encoder by its name."""
     return base / ("unet" if component == "denoiser" else component)
-
-
-def component_weights(folder: Path) -> dict[str, Container]:
-    """Finds the weights of one component of a diffusers folder, in one file or several: key -> its file.
-
-    Raises:
-        ModelError: if there are none, a file is damaged, or an index names what is not there.
-    """
-    variant = weights_variant(folder)
-    if variant is None:
-        raise ModelError(f"{folder} holds no .safetensors weights")
-    part = f".{variant}" if variant else ""
-    for stem in ("diffusion_pytorch_model", "model"):
-        file = folder / f"{stem}{part}.safetensors"
-        if file.is_file():
-            container = open_container(file, "weights", ModelError)
-            return dict.fromkeys(container.entries, container)
-        for index in (f"{stem}{part}.safetensors.index.json", f"{stem}.safetensors.index{part}.json"):
-            if (folder / index).is_file():
-                return _shards(folder / index)
-    raise ModelError(f"{folder} holds no .safetensors weights of a usual name")
-
-
-def _shards(index: Path) -> dict[str, Container]:
-    table = read_json(index).get("weight_map")
-    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
-        raise ModelError(f"{index} does not say which weight is in which file; download it again")
-    outside = next((name for name in table.values() if Path(name).name != name), None)
-    if outside is not None:
-        raise ModelError(f"{index} points outside its folder, at {outside[:200]!r}; it is not read")
-    files = {name: open_container(index.parent / name, "weights", ModelError) for name in sorted(set(table.values()))}
-    for key, name in table.items():
-        if key not in files[name].entries:
-            raise ModelError(f"{index} says that {key[:200]!r} is in {name}, where it is not; download it again")
-    return {key: files[name] for key, name in table.items()}
 
 
 def _in_folder(folder: Path, family: Family) -> dict[str, Place]:

@@ -16,7 +16,8 @@ from sdlora.families.family import Family, TextEncoder
 from sdlora.families.folders import read_json
 from sdlora.families.identify import identify_container
 from sdlora.families.latent_spaces import LATENT_SPACES, require_latents
-from sdlora.families.layout import OLD_VAE_ATTENTION, Component, Source, denoiser, text_encoder, vae
+from sdlora.families.layout import Component, Source, denoiser, text_encoder, vae
+from sdlora.families.names import OLD_VAE_ATTENTION
 from sdlora.families.single import load_text_encoder, load_vae
 from sdlora.families.table import FAMILIES
 from sdlora.families.tokenizers import clip_tokenizer

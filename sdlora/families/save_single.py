@@ -20,7 +20,6 @@ from sdlora.families.family import Family
 from sdlora.families.folders import read_json
 from sdlora.families.layout import (
     DENOISER,
-    OLD_VAE_ATTENTION,
     VAE,
     Source,
     Sources,
@@ -29,6 +28,7 @@ from sdlora.families.layout import (
     text_sources,
     vae_sources,
 )
+from sdlora.families.names import OLD_VAE_ATTENTION
 from sdlora.families.places import component_weights
 from sdlora.families.shapes import denoiser_config, text_encoder_config, vae_config
 from sdlora.families.table import FAMILIES

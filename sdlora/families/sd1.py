@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor
 from transformers import CLIPTextModel
 
@@ -64,6 +63,9 @@ def lora_key(component: str, path: str) -> str:
 
 def pipeline(parts: Parts, scheduler: Any) -> Any:
     """Builds a diffusers pipeline around these very modules, adapters included."""
+    # Imported here, for it brings a third of diffusers along and training has no use for it.
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
     pipe = StableDiffusionPipeline(
         vae=parts.vae,  # type: ignore[arg-type]
         text_encoder=parts.text_encoders["text_encoder"],  # type: ignore[arg-type]

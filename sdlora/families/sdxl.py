@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -58,6 +57,9 @@ def lora_key(component: str, path: str) -> str:
 
 def pipeline(parts: Parts, scheduler: Any) -> Any:
     """Builds a diffusers pipeline around these very modules, adapters included."""
+    # Imported here for the reason given in `sd1.py`.
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+
     pipe = StableDiffusionXLPipeline(
         vae=parts.vae,  # type: ignore[arg-type]
         text_encoder=parts.text_encoders["text_encoder"],  # type: ignore[arg-type]

@@ -7,13 +7,11 @@ package.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
@@ -28,6 +26,7 @@ from sdlora.families.identify import identify_container, identify_file
 from sdlora.families.layout import AVERAGE, Component, components, denoiser
 from sdlora.families.shapes import denoiser_config, text_encoder_config, vae_config
 from sdlora.families.tokenizers import clip_tokenizer
+from sdlora.weights import assemble
 
 __all__ = ["file_resolution", "identify_file", "load_file", "load_text_encoder", "load_vae"]
 
@@ -51,14 +50,23 @@ def file_resolution(path: Path, family: Family) -> int:
     return read_facts(container, denoiser(container), family).resolution
 
 
-def load_file(path: Path, family: Family, wanted: Collection[str], pooled: int | None = None) -> Components:
-    """Loads a single-file checkpoint in fp32 on the CPU.
+def load_file(
+    path: Path,
+    family: Family,
+    wanted: Collection[str],
+    pooled: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Components:
+    """Loads a single-file checkpoint.
 
     Args:
         path: the file.
         family: what it is, see `identify_file`.
         wanted: which of "vae" and the family's text encoders are read; only those that are there.
         pooled: width of the pooled text that a text encoder from elsewhere gives, if there is one.
+        device: where the modules shall be.
+        dtype: number format of denoiser and text encoders; the VAE is always fp32.
 
     Raises:
         ModelError: if it is damaged or incomplete.
@@ -68,11 +76,11 @@ def load_file(path: Path, family: Family, wanted: Collection[str], pooled: int |
     found = components(container, family)
     facts = read_facts(container, found["denoiser"], family)
     specs = {s.component: s for s in family.text_encoders if s.component in wanted and s.component in found}
-    loaded: dict[str, nn.Module] = {"denoiser": load_denoiser(found, family, facts.resolution, pooled)}
+    loaded: dict[str, nn.Module] = {"denoiser": load_denoiser(found, family, facts.resolution, pooled, device, dtype)}
     if "vae" in wanted and "vae" in found:
-        loaded["vae"] = load_vae(found["vae"], family)
+        loaded["vae"] = load_vae(found["vae"], family, device)
     for name, spec in specs.items():
-        loaded[name] = load_text_encoder(found[name], spec)
+        loaded[name] = load_text_encoder(found[name], spec, device, dtype)
     return Components(
         denoiser=loaded["denoiser"],
         vae=loaded.get("vae"),
@@ -85,7 +93,12 @@ def load_file(path: Path, family: Family, wanted: Collection[str], pooled: int |
 
 
 def load_denoiser(
-    found: Mapping[str, Component], family: Family, resolution: int, pooled: int | None = None
+    found: Mapping[str, Component],
+    family: Family,
+    resolution: int,
+    pooled: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> UNet2DConditionModel:
     """Loads the denoiser.
 
@@ -94,69 +107,37 @@ def load_denoiser(
         family: what it is.
         resolution: side in pixels of the pictures that it was trained on.
         pooled: see `denoiser_config`.
+        device: where it shall be.
+        dtype: in which number format.
 
     Raises:
         ModelError: if it is damaged or incomplete.
     """
     config = denoiser_config(found, family, resolution, pooled)
-    return _loaded(found["denoiser"], lambda: UNet2DConditionModel(**config))
+    component = found["denoiser"]
+    return assemble(lambda: UNet2DConditionModel(**config), component.weight, component.container.path, device, dtype)
 
 
-def load_vae(vae: Component, family: Family) -> AutoencoderKL:
-    """Loads a VAE.
+def load_vae(vae: Component, family: Family, device: torch.device | str = "cpu") -> AutoencoderKL:
+    """Loads a VAE, in fp32.
 
     Raises:
         ModelError: if it is damaged or incomplete.
     """
     config = vae_config(vae, family)
-    return _loaded(vae, lambda: AutoencoderKL(**config))
+    return assemble(lambda: AutoencoderKL(**config), vae.weight, vae.container.path, device)
 
 
-def load_text_encoder(encoder: Component, spec: TextEncoder) -> Any:
+def load_text_encoder(
+    encoder: Component, spec: TextEncoder, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Any:
     """Loads a text encoder.
 
     Raises:
         ModelError: if it is damaged or incomplete, or made for another tokenizer than CLIP's.
     """
     config = text_encoder_config(encoder, spec)
-    return _loaded(encoder, lambda: spec.cls(CLIPTextConfig(**config)))
-
-
-def _loaded(component: Component, build: Callable[[], Any]) -> Any:
-    """Builds a module without memory and gives it its weights, tensor by tensor, in fp32."""
-    try:
-        with init_empty_weights(include_buffers=False):
-            module = build()
-    except Exception as error:  # the libraries raise many kinds
-        raise ModelError(f"{component.container.path} is damaged: its widths do not go together") from error
-    shapes = {path: tuple(weight.shape) for path, weight in module.state_dict().items()}
-    by_key: defaultdict[str, list[str]] = defaultdict(list)
-    for path, shape in shapes.items():
-        _require_fit(component, path, shape)
-        by_key[component.key(path)].append(path)
-    weights = {}
-    for key, paths in by_key.items():
-        stored = component.container.read(key)
-        for path in paths:
-            weight = component.cut(path, stored).to(torch.float32, copy=len(paths) > 1)
-            weights[path] = weight.reshape(shapes[path]).contiguous()
-    module.load_state_dict(weights, assign=True)
-    return module.eval()
-
-
-def _require_fit(component: Component, path: str, shape: tuple[int, ...]) -> None:
-    """Checks a weight's shape, in which a linear layer is as good as a convolution of one pixel."""
-    key, stored = component.key(path), component.shape(path)
-    dtype = component.container.entries[key].dtype
-    file = component.container.path
-    if _without_ones(stored) != _without_ones(shape):
-        raise ModelError(f"{file} is damaged or of an unknown structure: {key} is {stored}, and {shape} is expected")
-    if not dtype.is_floating_point:
-        raise ModelError(f"{file} holds {key} as {dtype}; give the checkpoint in fp16, bf16 or fp32")
-
-
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[:2] if shape[2:] == (1, 1) else shape
+    return assemble(lambda: spec.cls(CLIPTextConfig(**config)), encoder.weight, encoder.container.path, device, dtype)
 
 
 def _notes(container: Container, family: Family, found: dict[str, Component], loaded: dict[str, Any]) -> list[str]:

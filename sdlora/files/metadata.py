@@ -174,7 +174,7 @@ def _precision(config: Config, precision: str) -> dict[str, Any]:
         "ss_full_fp16": False,
         "ss_fp8_base": False,
         "ss_fp8_base_unet": False,
-        "ss_gradient_checkpointing": config.train.gradient_checkpointing,
+        "ss_gradient_checkpointing": config.train.gradient_checkpointing in ("attention", "all"),
         "ss_gradient_accumulation_steps": config.train.accumulation,
         "ss_lowram": False,
         "ss_cache_latents": True,

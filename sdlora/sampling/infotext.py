@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sdlora.sampling.prompts import Prompt
@@ -17,6 +19,8 @@ from sdlora.sampling.samplers import split_schedule
 
 _FIELD = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _SHORT_HASH = 12
+_DECODER = "VAE Decoder"
+_LORA_HASHES = "Lora hashes"
 
 
 def parameters(
@@ -27,6 +31,7 @@ def parameters(
     loras: Sequence[tuple[str, float, str]],
     clip_skip: int,
     version: str,
+    decoder: str | None = None,
 ) -> str:
     """Describes a picture as the WebUI does: prompt, negative prompt, and one line of settings.
 
@@ -37,6 +42,7 @@ def parameters(
         loras: file name without ending, strength, and model hash (of which 12 digits are written; empty: none).
         clip_skip: as in the WebUI; 1 is its default and is not written.
         version: of sdlora.
+        decoder: what decoded it in place of the base's VAE, e.g. TAESD.
 
     Source: AUTOMATIC1111 WebUI 1.10, `create_infotext` in `modules/processing.py`.
     """
@@ -54,7 +60,8 @@ def parameters(
         "Model": base_name,
         "Clip skip": f"{clip_skip}" if clip_skip > 1 else None,
         "RNG": "CPU",
-        "Lora hashes": hashes or None,
+        _DECODER: decoder,
+        _LORA_HASHES: hashes or None,
         "Version": f"sdlora {version}",
     }
     lines = [" ".join([prompt.text, *tags]).strip()]
@@ -82,11 +89,32 @@ def parse_parameters(text: str) -> tuple[str, str, dict[str, str]]:
     return "\n".join(texts[False]), "\n".join(texts[True]), {name: _unquote(value) for name, value in found}
 
 
+def decoder_of(text: str) -> str | None:
+    """Returns what a picture was decoded by in place of its base's VAE, from its text."""
+    return parse_parameters(text)[2].get(_DECODER)
+
+
+def same_but_for_loras(first: str, second: str) -> bool:
+    """Tells whether two texts describe the same picture, whatever LoRAs and decoder it was drawn with."""
+    return _without_loras(first) == _without_loras(second)
+
+
+def _without_loras(text: str) -> tuple[str, str, dict[str, str]]:
+    prompt, negative, fields = parse_parameters(text)
+    return prompt.split(" <lora:")[0], negative, {k: v for k, v in fields.items() if k not in (_DECODER, _LORA_HASHES)}
+
+
 def png_info(text: str) -> PngInfo:
     """Wraps the text for Pillow's `save(..., pnginfo=...)`, under the key `parameters` that the WebUI looks for."""
     info = PngInfo()
     info.add_text("parameters", text)  # Pillow takes iTXt where the text is not Latin-1
     return info
+
+
+def stored_text(path: Path) -> str:
+    """Returns the text inside a PNG, empty if it has none."""
+    with Image.open(path) as image:
+        return str(image.info.get("parameters", ""))
 
 
 def _quote(value: str) -> str:

@@ -121,6 +121,9 @@ def restore_checkpoint(
     for key, tensor in load_file(checkpoint.folder / _FILES[1]).items():
         number, _, name = key.partition(".")
         by_number.setdefault(int(number), {})[name] = tensor
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(v["exp_avg"].shape != parameters[n].shape for n, v in by_number.items() if n < len(parameters)):
+        raise TrainingError(f"{checkpoint.folder} was written by another version of sdlora; start the run anew")
     optimizer.load_state_dict({"state": by_number, "param_groups": state["param_groups"]})
 
 

@@ -19,6 +19,8 @@ from sdlora.errors import ConfigError, TrainingError
 
 MAY_CHANGE = {
     *("train.steps", "train.epochs", "train.stop_at", "train.threads", "train.precision"),
+    *("train.memory", "train.offload", "train.gradient_checkpointing"),  # they do not change what is computed
+    *("data.batch_size", "train.micro_batch"),  # with another number of processes they give the same steps
     *("data.images", "data.cache_dir"),  # the pictures may have moved; a checkpoint knows their contents
 }
 """Settings that a resumed run may change, besides all of `samples` and `output`; a precision only to the one it had."""

@@ -26,11 +26,12 @@ class Plan:
         steps_per_epoch: optimizer steps in an epoch.
         total_steps: optimizer steps in the run.
         num_epochs: epochs begun in the run.
-        batch_size: pictures per batch.
+        batch_size: pictures per batch, over all processes.
         accumulation: batches per step.
         warmup_steps: steps in which the learning rate climbs.
         sample_every: epochs between samples; 0 means none.
         save_every: epochs between saved LoRA files.
+        processes: how many share every batch.
     """
 
     num_pictures: int
@@ -43,6 +44,12 @@ class Plan:
     warmup_steps: int
     sample_every: int
     save_every: int
+    processes: int = 1
+
+    @property
+    def share(self) -> int:
+        """Pictures of a batch that fall to each process."""
+        return self.batch_size // self.processes
 
     def sentence(self) -> str:
         """Says the plan in one sentence, for the person at the terminal."""
@@ -51,6 +58,8 @@ class Plan:
         looks = self.total_steps * self.samples_per_epoch / self.steps_per_epoch / self.num_pictures
         often = f"about {looks:.0f} times" if looks >= 1.5 else "about once" if looks > 0.5 else "at most once"
         batch = f"batches of {self.batch_size}"
+        if self.processes > 1:
+            batch += f" ({self.share} in each of {self.processes} processes)"
         if self.accumulation > 1:
             batch += f", {self.accumulation} to a step"
         events = f"a LoRA file {self._every(self.save_every)}"
@@ -85,17 +94,18 @@ class Plan:
         return step + 1 == self.total_steps or (step + 1) // self.steps_per_epoch % every == 0
 
 
-def make_plan(config: Config, num_pictures: int, bucket_counts: Iterable[int]) -> Plan:
+def make_plan(config: Config, num_pictures: int, bucket_counts: Iterable[int], processes: int = 1) -> Plan:
     """Resolves the length of a run.
 
     Args:
         config: the settings.
         num_pictures: distinct usable pictures.
         bucket_counts: pictures in each aspect bucket, repeats counted.
+        processes: how many train together, each on batches of `data.batch_size`.
     """
     counts = list(bucket_counts)
     samples = sum(counts)
-    batch, accumulation = config.data.batch_size, config.train.accumulation
+    batch, accumulation = config.data.batch_size * processes, config.train.accumulation
     batches = sum(math.ceil(count / batch) for count in counts)
     steps_per_epoch = math.ceil(batches / accumulation)
     if config.train.steps:
@@ -119,6 +129,7 @@ def make_plan(config: Config, num_pictures: int, bucket_counts: Iterable[int]) -
         warmup_steps=int(config.optimizer.warmup * total),
         sample_every=sample_every,
         save_every=config.output.save_every or sample_every or usual,
+        processes=processes,
     )
 
 

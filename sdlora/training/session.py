@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from accelerate import Accelerator
-from torch import nn
+import torch
 
 from sdlora.adapters import Lora
+from sdlora.attention.choose import Fastest
 from sdlora.config import Config
 from sdlora.data.dataset import Dataset
 from sdlora.errors import TrainingError
 from sdlora.families import Parts
 from sdlora.training.board import Board
 from sdlora.training.checkpoint import Checkpoint, restore_checkpoint, save_checkpoint
+from sdlora.training.engine import Engine
 from sdlora.training.export import Exporter
 from sdlora.training.folder import RunFolder
+from sdlora.training.memory import Ladder
 from sdlora.training.plan import Plan
 from sdlora.training.previews import Previews
+from sdlora.training.savings import Rung
 from sdlora.training.texts import Texts
+from sdlora.training.world import World
 
 Adapters = dict[str, dict[str, Lora]]
 """Component -> module path -> adapter."""
@@ -39,15 +43,16 @@ class Session:
         dataset: cached latents and the order of batches.
         texts: captions -> conditioning.
         adapters: what trains.
-        trainable: its parameters.
-        optimizer: accelerate's wrapper, which knows the loss scale.
-        accelerator: precision and backward.
+        engine: computes steps.
+        kernels: the attention kernels that were measured to be quickest, or `None` where there is no choice.
         rates: full learning rate of each component.
         base_digest: hash of the base's weights; a resumed run must have the same.
         exporter: writes LoRA files.
         previews: draws samples, or `None`.
         board: writes TensorBoard events, or `None`.
         start: steps done in earlier sessions.
+        world: the processes that train together.
+        ladder: what memory is saved, and more if it runs out.
     """
 
     config: Config
@@ -57,25 +62,52 @@ class Session:
     dataset: Dataset
     texts: Texts
     adapters: Adapters
-    trainable: list[nn.Parameter]
-    optimizer: Any
-    accelerator: Accelerator
+    engine: Engine
     rates: Mapping[str, float]
     base_digest: str
     exporter: Exporter
     previews: Previews | None
+    ladder: Ladder
+    kernels: Fastest | None = None
     board: Board | None = None
     start: int = 0
+    world: World = field(default_factory=World.single)
+
+    def __post_init__(self) -> None:
+        """Lets recorded steps go when the ladder is climbed: they compute as on the rung before."""
+
+        def changed(rung: Rung) -> None:
+            self.engine.graphs = None
+
+        self.ladder.changed = changed
+
+    @property
+    def micro_batch(self) -> int:
+        """Pictures computed at once."""
+        return self.ladder.rung.micro_batch
+
+    def facts(self) -> dict[str, str]:
+        """Returns what all processes must have in common before the first step."""
+        return {
+            "pictures or captions": digest(self.dataset),
+            "base": self.base_digest,
+            "precision": self.exporter.precision,
+            "steps done": str(self.start),
+            "settings": str((self.plan, self.config.lora, self.config.train, self.config.optimizer)),
+            "version of torch": torch.__version__,
+        }
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Records the numbers of a step."""
-        self.run.log(entry)
+        if self.world.is_first:
+            self.run.log(entry)
         if self.board:
             self.board.write(entry)
 
     def save(self, step: int) -> None:
-        """Writes a checkpoint."""
-        scaler = self.accelerator.scaler
+        """Writes a checkpoint; the first process does, for all."""
+        if not self.world.is_first:
+            return
         facts = {
             "dataset": digest(self.dataset),
             "base": self.base_digest,
@@ -83,13 +115,16 @@ class Session:
             "session": self.exporter.session,
             "started": self.exporter.started,
             "total_steps": self.plan.total_steps,
-            "scaler": scaler.state_dict() if scaler is not None else None,
+            "batch_size": self.plan.batch_size,
+            "memory": self.ladder.facts(),
+            "scaler": self.engine.state(),
+            "attention": self.kernels.choices() if self.kernels else {},
         }
         save_checkpoint(
             self.run.checkpoints,
             step,
             self.adapters,
-            self.optimizer.optimizer,
+            self.engine.optimizer,
             facts,
             keep=self.config.output.keep_checkpoints,
         )
@@ -117,11 +152,13 @@ class Session:
                 "put the old one back, or start a new run"
             )
         self.exporter.session, self.exporter.started = facts["session"], facts["started"]
-        restore_checkpoint(checkpoint, self.adapters, self.optimizer.optimizer)
-        if self.accelerator.scaler is not None and facts.get("scaler"):
-            self.accelerator.scaler.load_state_dict(facts["scaler"])
+        restore_checkpoint(checkpoint, self.adapters, self.engine.optimizer)
+        self.engine.restore(facts.get("scaler"))
+        if self.kernels:
+            self.kernels.restore(facts.get("attention", {}))
         self.start = checkpoint.step
-        self.run.forget_after(self.start)
+        if self.world.is_first:
+            self.run.forget_after(self.start)
 
 
 def digest(dataset: Dataset) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import nn
 
-from sdlora.adapters import Lora, Target, find_layers, inject
+from sdlora.adapters import FlatParameters, Lora, Target, find_layers, inject
 from sdlora.config import Config
 from sdlora.data.cache import Cache, fingerprint
 from sdlora.data.dataset import Dataset, bucket_counts, prepare
@@ -21,29 +19,40 @@ from sdlora.families import Base, Parts, identify, load_parts, native_resolution
 from sdlora.families.chunks import CHUNK
 from sdlora.training.board import Board, require_tensorboard
 from sdlora.training.checkpoint import Checkpoint, latest_checkpoint
+from sdlora.training.cuda import prepare_cuda
 from sdlora.training.device import choose_threads
+from sdlora.training.engine import Engine
 from sdlora.training.export import Exporter
 from sdlora.training.folder import RunFolder, choose_folder, claim, require_space
+from sdlora.training.graph import record_steps
+from sdlora.training.kernels import choose_packing, install_attention, pack
 from sdlora.training.optimizers import make_optimizer, resolve_learning_rates
 from sdlora.training.plan import Plan, make_plan
 from sdlora.training.precision import choose_attention, choose_device, choose_precision
 from sdlora.training.previews import Previews, sample_prompts
 from sdlora.training.progress import Reporter
+from sdlora.training.room import leave_device, make_ladder
 from sdlora.training.session import Adapters, Session
 from sdlora.training.texts import Texts
+from sdlora.training.world import World
+
+SHARE_FOR_DATA = 0.05
+"""Of the free GPU memory, at most so much goes to latents, and as much to text states; else they stay outside."""
 
 
-def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Session:
+def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: World | None = None) -> Session:
     """Builds a session; what is cheap and can go wrong comes first.
 
     Args:
         config: the settings; `data.images` must be given.
         resume: the folder of a run to go on with.
         reporter: told what is found and chosen.
+        world: the processes that train together; left out, this one alone.
 
     Raises:
         SdloraError: anything the user can fix.
     """
+    world = world or World.single()
     # Pictures, machine, base and length, before anything heavy is fetched or loaded.
     if config.data.images is None:
         raise ConfigError("no pictures: give --images FOLDER")
@@ -54,24 +63,22 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
     reporter.say(pictures.summary())
     for name, reason in list(pictures.unreadable.items())[:MAX_REASONS]:
         reporter.warn(f"{name}: {reason}")
-    run = resume or choose_folder(config)
-    device = choose_device()
+    run = resume or world.first(lambda: choose_folder(config))
+    device = choose_device(world.device)
+    prepare_cuda()
     precision = choose_precision(config.train.precision, device)
     attention, attention_reason = choose_attention(config.train.attention, device, precision.dtype)
-    base = _find_base(config, cache, reporter)
+    with world.first_then_others():
+        base = _find_base(config, cache, reporter)
     resolution = config.data.resolution or native_resolution(base.path)
     num_pictures, counts = bucket_counts(pictures.examples, config.data, resolution)
-    plan = make_plan(config, num_pictures, counts.values())
+    plan = make_plan(config, num_pictures, counts.values(), world.size)
     reporter.say(plan.sentence())
     prompts = sample_prompts(config, pictures.examples, resolution) if plan.sample_every else []
-    checkpoint = _newest(resume, plan, reporter) if resume else None
-    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process may have used another
-    accelerator = Accelerator(mixed_precision=precision.word if precision.autocast else "no", cpu=device.type == "cpu")
-    if accelerator.num_processes > 1:
-        raise ConfigError("several processes are not supported yet; start sdlora without a launcher")
+    checkpoint = _newest(resume, plan, reporter, world) if resume else None
 
     # The base model and what is computed with it once.
-    parts = load_parts(base, config.base).to(accelerator.device, precision.dtype)
+    parts = load_parts(base, config.base, device=device, dtype=precision.dtype)
     for note in parts.notes:
         reporter.say(note)
     choose_threads(parts, config.train.threads)
@@ -79,12 +86,23 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
         parts.family.encode_prompts(parts, [""], config.base.clip_skip)  # fails now if the encoder has fewer layers
     reporter.say(f"Precision: {precision.word} ({precision.reason}). Attention: {attention} ({attention_reason}).")
     denoiser: Any = parts.denoiser
+    kernels = None
     if attention == "xformers":
         denoiser.enable_xformers_memory_efficient_attention()
-    if config.train.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
+    else:
+        kernels = install_attention(denoiser, precision.dtype)
     reporter.begin("caching latents", len(pictures.examples))
-    dataset = prepare(parts, pictures, config.data, config.train.seed, cache, lambda done, total: reporter.advance())
+    dataset = prepare(
+        parts,
+        pictures,
+        config.data,
+        config.train.seed,
+        cache,
+        lambda done, total: reporter.advance(),
+        rank=world.rank,
+        world_size=world.size,
+        barrier=world.barrier,
+    )
     reporter.end()
     texts = Texts(parts, config, cache, plan.total_steps)
     prompt_notes = [note for prompt in prompts for note in prompt.notes]
@@ -94,10 +112,38 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
     # What trains.
     base_digest = f"{fingerprint(parts.denoiser)} {texts.states.fingerprint} {fingerprint(parts.vae)}"
     adapters = attach_adapters(parts, config)
-    trainable = [p for by_path in adapters.values() for a in by_path.values() for p in (a.down, a.up)]
+    flat = FlatParameters({c: by_path.values() for c, by_path in adapters.items()}, precision.dtype)
     rates = resolve_learning_rates(config, parts)
-    optimizer = make_optimizer({c: by_path.values() for c, by_path in adapters.items()}, rates, config.optimizer)
+    optimizer = make_optimizer(flat, rates, config.optimizer)
     reporter.say(_describe(adapters, rates, config))
+    previews = None
+    if prompts and world.is_first:
+        vae = config.samples.sample_vae
+        previews = Previews(parts, adapters, prompts, run.samples, config.base.clip_skip, vae=vae)
+        previews.encode()
+    _place_data(dataset, texts, config, device)
+    if device.type != "cpu":
+        # Shuffled texts are new at every step; their encoders are needed where they are quick.
+        leave_device(parts, parts.text_encoders if config.data.shuffle_tags else adapters, device)
+    ladder = make_ladder(
+        parts,
+        config,
+        adapters=adapters["denoiser"],
+        numbers=flat.values.numel(),
+        batch=plan.share,
+        size=max(counts, key=lambda size: size[0] * size[1]),
+        texts=texts,
+        recorded=checkpoint.facts.get("memory") if checkpoint else None,
+        reporter=reporter,
+        world=world,
+    )
+    packs, why = choose_packing(denoiser, config.train.pack_weights, device, ladder.room)
+    if packs:
+        pack(denoiser)
+    if device.type == "cpu":
+        reporter.say(f"Weights {'packed' if packs else 'not packed'} for oneDNN: {why}.")
+    elif config.train.pack_weights == "on":
+        reporter.warn(f"train.pack_weights has no effect on {device.type}; it is for CPUs")
     session = Session(
         config=config,
         run=run,
@@ -106,20 +152,28 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter) -> Sess
         dataset=dataset,
         texts=texts,
         adapters=adapters,
-        trainable=trainable,
-        optimizer=accelerator.prepare(optimizer),
-        accelerator=accelerator,
+        engine=Engine(parts, flat, optimizer, config.train),
+        kernels=kernels,
         rates=rates,
         base_digest=base_digest,
         exporter=Exporter(config, parts, adapters, dataset, plan, rates, precision.word),
-        previews=Previews(parts, adapters, prompts, run.samples, config.base.clip_skip) if prompts else None,
+        previews=previews,
+        world=world,
+        ladder=ladder,
     )
     if checkpoint:
         session.resume(checkpoint)
         reporter.say(f"Resumed at step {session.start} of {plan.total_steps}")
-    _require_space(run, plan, config, trainable)
-    claim(run, config, base=base.name, anew=resume is None)
-    if config.output.tensorboard:
+    if device.type == "cuda":
+        obstacles = ["the base waits in main memory"] if ladder.rung.offload else []
+        recorded, why = record_steps(session.engine, config, reporter.warn, obstacles)
+        reporter.say(f"CUDA graphs {'on' if recorded else 'off'}: {why}.")
+    elif config.train.cuda_graph == "on":
+        raise ConfigError(f"train.cuda_graph is on, and this is {device.type}, not CUDA; use auto")
+    world.require_same(session.facts())
+    world.first(lambda: _require_space(run, plan, config, flat.values.numel()))
+    world.first(lambda: claim(run, config, base=base.name, anew=resume is None))
+    if config.output.tensorboard and world.is_first:
         session.board = Board(run.root / "tensorboard")
     reporter.say(f"Run folder: {run.root}")
     return session
@@ -152,6 +206,21 @@ def attach_adapters(parts: Parts, config: Config) -> Adapters:
     return adapters
 
 
+def _place_data(dataset: Dataset, texts: Texts, config: Config, device: torch.device) -> None:
+    """Makes text states that are sure to be used, and puts the data on the device where they take little of it."""
+    budget = 0.0
+    if device.type == "cuda":
+        budget = SHARE_FOR_DATA * torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        dataset.to_device(device, budget)
+    if config.data.shuffle_tags or config.lora.text_encoder:
+        return
+    used = [*([""] if config.data.caption_dropout else []), *(texts.whole(example) for example in dataset.examples)]
+    texts.states.preload(used)
+    if device.type == "cuda":
+        texts.states.to_device(used, device, budget)
+
+
 def _find_base(config: Config, cache: Cache, reporter: Reporter) -> Base:
     """Finds the base, and says which it is; a wrong family is an error already here."""
     wanted = config.base
@@ -162,10 +231,11 @@ def _find_base(config: Config, cache: Cache, reporter: Reporter) -> Base:
     return base
 
 
-def _newest(run: RunFolder, plan: Plan, reporter: Reporter) -> Checkpoint | None:
+def _newest(run: RunFolder, plan: Plan, reporter: Reporter, world: World) -> Checkpoint | None:
     if not any(run.checkpoints.glob("step-*")):
         reporter.say("The run was stopped before its first checkpoint; it begins again at step 0.")
-        run.forget_after(0)
+        if world.is_first:
+            run.forget_after(0)
         return None
     checkpoint, skipped = latest_checkpoint(run.checkpoints)
     for line in skipped:
@@ -180,7 +250,19 @@ def _newest(run: RunFolder, plan: Plan, reporter: Reporter) -> Checkpoint | None
             f"the learning rate's course was planned for {before} steps and now for {plan.total_steps}, so this run "
             "will differ from one planned so from the start; to split a run exactly, use --stop-at"
         )
+    batch = checkpoint.facts.get("batch_size", plan.batch_size)
+    if batch != plan.batch_size:
+        reporter.warn(
+            f"a batch had {batch} pictures and now has {plan.batch_size} ({plan.processes} x {plan.share}), so this "
+            f"run will differ from one that goes on as it was; {_same_batch(batch, plan.processes)}"
+        )
     return checkpoint
+
+
+def _same_batch(batch: int, processes: int) -> str:
+    if batch % processes:
+        return f"{processes} processes cannot share {batch} pictures evenly"
+    return f"--batch-size {batch // processes} keeps it"
 
 
 def _overlong(texts: Texts, dataset: Dataset) -> list[str]:
@@ -202,8 +284,7 @@ def _describe(adapters: Adapters, rates: Mapping[str, float], config: Config) ->
     return f"LoRA: rank {config.lora.rank}, alpha {alpha:g}, in {layers}; {count:,} numbers train, learning rate {rate}"
 
 
-def _require_space(run: RunFolder, plan: Plan, config: Config, trainable: Sequence[nn.Parameter]) -> None:
-    numbers = sum(p.numel() for p in trainable)
+def _require_space(run: RunFolder, plan: Plan, config: Config, numbers: int) -> None:
     bytes_each = 4 if config.output.save_dtype == "fp32" else 2
     files = 2 + plan.num_epochs // plan.save_every + (plan.num_epochs // plan.sample_every if plan.sample_every else 0)
     checkpoints = config.output.keep_checkpoints + 1  # the new one is written before the oldest goes

@@ -12,10 +12,35 @@ import torch
 from torch import Tensor
 
 from sdlora.config import TrainSection
+from sdlora.diffusion.counter import WORDS, Philox, below, normal
 from sdlora.diffusion.losses import min_snr_weight, squared_error
 from sdlora.diffusion.noise import gaussian_noise, generator
 from sdlora.diffusion.timesteps import uniform_timestep
 from sdlora.families import Conditioning, Parts
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """What a step is told of B pictures that pass the denoiser together.
+
+    Attributes:
+        mean: centre of the VAE's distribution, (B, C, h, w), fp32, on the CPU or already on the device.
+        std: its deviation, the same shape, or `None`.
+        conditioning: their texts and sizes.
+        step: counted from 0.
+        positions: number of each sample within the step, over all batches and processes, B numbers.
+    """
+
+    mean: Tensor
+    std: Tensor | None
+    conditioning: Conditioning
+    step: int
+    positions: Sequence[int]
+
+    @property
+    def places(self) -> Tensor:
+        """Step and position of each sample, (B, 2), int64, CPU."""
+        return torch.tensor([(self.step, position) for position in self.positions])
 
 
 @dataclass(frozen=True)
@@ -43,7 +68,7 @@ def draw(
     positions: Sequence[int],
     noise_offset: float,
 ) -> Draw:
-    """Draws timesteps, noise and latents.
+    """Draws timesteps, noise and latents from a generator for each sample; the source for CPUs.
 
     Args:
         mean: centre of the VAE's distribution, (B, C, h, w), CPU.
@@ -62,6 +87,34 @@ def draw(
         noises.append(gaussian_noise(shape, rng, offset=noise_offset))
         latents.append(mean[i] if std is None else mean[i] + std[i] * torch.randn(shape, generator=rng))
     return Draw(torch.stack(latents), torch.stack(noises), torch.tensor(timesteps))
+
+
+def draw_counted(
+    mean: Tensor, std: Tensor | None, places: Tensor, source: Philox, *, num_timesteps: int, noise_offset: float
+) -> Draw:
+    """Draws timesteps, noise and latents on the device, without a word from the CPU; the source for CUDA.
+
+    Args:
+        mean: centre of the VAE's distribution, (B, C, h, w), on the device.
+        std: its deviation, the same shape, or `None`.
+        places: step and position of each sample, (B, 2), int64, on the device.
+        source: random words, on the device.
+        num_timesteps: length of the schedule.
+        noise_offset: see `gaussian_noise`.
+    """
+    shape = mean.shape
+    size, channels = shape[1:].numel(), shape[1]
+    # One stream for each sample: a block for the timestep, then noise, latents, offset, each from a block's start.
+    lengths = [size, size if std is not None else 0, channels if noise_offset else 0]
+    blocks = [-(-length // WORDS) for length in lengths]
+    words = source.words(places, 1 + sum(blocks))
+    stretches = normal(words[:, WORDS:]).split([WORDS * count for count in blocks], 1)
+    numbers, more, offset = (stretch[:, :length] for stretch, length in zip(stretches, lengths, strict=True))
+    noise = numbers.reshape(shape)
+    if noise_offset:
+        noise = noise + noise_offset * offset[..., None, None]
+    latents = mean if std is None else mean + std * more.reshape(shape)
+    return Draw(latents, noise, below(words[:, 0], num_timesteps))
 
 
 def sample_losses(parts: Parts, drawn: Draw, conditioning: Conditioning, settings: TrainSection) -> Tensor:

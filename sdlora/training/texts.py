@@ -49,7 +49,8 @@ class Texts:
         """
         texts = [self.compose(e, step, position) for e, position in zip(examples, positions, strict=True)]
         if not self.config.lora.text_encoder:
-            return self.states(texts)
+            states = self.states(texts)
+            return {name: x.to(self.parts.device, self.parts.dtype) for name, x in states.items()}
         with torch.set_grad_enabled(step < self.stops):
             skip = self.config.base.clip_skip
             return self.parts.family.encode_prompts(self.parts, texts, skip, num_chunks=self.num_chunks)
@@ -68,18 +69,19 @@ class Texts:
             rng=generator(self.config.train.seed, "caption", step, position),
         )
 
+    def whole(self, example: Example) -> str:
+        """Returns the caption of an example with nothing shuffled or left out."""
+        data = self.config.data
+        return compose(
+            example.caption,
+            trigger=data.trigger,
+            prefix=data.caption_prefix,
+            suffix=data.caption_suffix,
+            rng=generator("length"),
+        )
+
     def overlong(self, examples: Sequence[Example]) -> list[str]:
         """Returns the names of pictures whose caption is longer than the text encoder can read."""
-        data = self.config.data
-        whole = {
-            e.path.name: compose(
-                e.caption,
-                trigger=data.trigger,
-                prefix=data.caption_prefix,
-                suffix=data.caption_suffix,
-                rng=generator("length"),
-            )
-            for e in examples
-        }
+        whole = {example.path.name: self.whole(example) for example in examples}
         cut = set(self.states.truncated(list(whole.values())))
         return [name for name, text in whole.items() if text in cut]

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sdlora.config import Config
-from sdlora.data.dataset import Batch
 from sdlora.diffusion.noise import generator
 from sdlora.errors import TrainingError
 from sdlora.files.certify import Certificate
+from sdlora.training.accumulate import Piece, accumulate, cut
 from sdlora.training.folder import RunFolder
 from sdlora.training.interrupt import StopSignal
 from sdlora.training.lr import learning_rate_factor
 from sdlora.training.meter import Meter
+from sdlora.training.previews import Previews
 from sdlora.training.progress import Reporter
 from sdlora.training.session import Session
 from sdlora.training.setup import set_up
-from sdlora.training.step import draw, sample_losses
+from sdlora.training.step import Microbatch
+from sdlora.training.world import World
 
 MAX_BAD_STEPS = 3
 """Steps in a row whose loss or gradient is not finite before the run stops."""
@@ -62,22 +65,30 @@ class Result:
         return self.steps == self.total_steps
 
 
-def train(config: Config, *, resume: RunFolder | None = None, reporter: Reporter | None = None) -> Result:
+def train(
+    config: Config, *, resume: RunFolder | None = None, reporter: Reporter | None = None, world: World | None = None
+) -> Result:
     """Trains a LoRA.
 
     Args:
         config: the settings; `data.images` must be given.
         resume: the folder of a run to go on with, opened by `sdlora.training.folder.reopen`.
         reporter: told what happens; silent if left out.
+        world: the processes that train together, each of which calls this; left out, this one alone.
+
+    Returns:
+        What the run left behind, the same in all processes.
 
     Raises:
         SdloraError: anything the user can fix; what was learned up to the last checkpoint is kept.
     """
     started = time.monotonic()
-    reporter = reporter or Reporter()
+    world = world or World.single()
+    reporter = reporter if reporter and world.is_first else Reporter()
     threads = torch.get_num_threads()
     try:
-        session = set_up(config, resume, reporter)
+        world.share_cores(config.train.threads)
+        session = set_up(config, resume, reporter, world)
         plan, run, previews = session.plan, session.run, session.previews
         if previews:
             previews.without(reporter)
@@ -85,40 +96,26 @@ def train(config: Config, *, resume: RunFolder | None = None, reporter: Reporter
         if previews:
             previews.stopped = lambda: stop.requested
         meter = Meter(plan)
-        step, saved, bad = session.start, session.start, 0
+        step, saved = session.start, session.start
+        watch = _Watch(session, meter, reporter, stop)
         with stop.listening():
             reporter.begin("training", plan.total_steps, step)
-            while step < plan.total_steps and step != config.train.stop_at and not stop.requested:
-                # Gradients and update.
+            while step < plan.total_steps and step != config.train.stop_at and not watch.stopping:
+                # Gradients and update. The numbers are read one step later, so that a GPU never waits for Python.
                 rate = _set_learning_rates(session, step)
-                loss, samples, names = _accumulate(session, step)
-                norm = _update(session, loss)
-                finite = math.isfinite(loss) and math.isfinite(norm)
-                bad = 0 if finite else bad + 1
+                loss, asked, names = session.ladder.run(partial(_gradients, session, step, stop.requested))
+                norm = session.engine.update(loss)
                 step += 1
-
-                # What the user sees of it.
-                meter.add(loss, samples)
-                session.log(
-                    {
-                        "step": step,
-                        "epoch": (step - 1) // plan.steps_per_epoch + 1,
-                        "loss": loss,
-                        "learning_rate": rate,
-                        "gradient_norm": norm,
-                        "images_per_second": round(meter.images_per_second, 2),
-                    }
-                )
-                reporter.advance(meter.note(step, rate, previews.seconds if previews else 0.0))
-                if not finite:
-                    _report_bad_step(session, step, bad, names, saved, reporter)
+                watch.note(_Numbers(step, rate, loss, norm, asked, names), previews, saved)
 
                 # Once in a while: LoRA file, checkpoint, samples. The last step's come below.
                 if step < plan.total_steps and (plan.saves_after(step - 1) or plan.samples_after(step - 1)):
+                    watch.catch_up(previews, saved)
                     reporter.end()
                     epoch = step // plan.steps_per_epoch
                     file = run.epoch_lora(epoch)
-                    session.exporter.export(file, step)
+                    if world.is_first:
+                        session.exporter.export(file, step)
                     if plan.saves_after(step - 1):
                         session.save(step)
                         saved = step
@@ -126,12 +123,13 @@ def train(config: Config, *, resume: RunFolder | None = None, reporter: Reporter
                         previews.with_lora(file, epoch, reporter)
                     reporter.begin("training", plan.total_steps, step)
                     meter.skip_pause()
+            watch.catch_up(previews, saved)
             reporter.end()
-            return _finish(session, step, stop.requested, started, reporter)
+            return world.first(lambda: _finish(session, step, watch.stopping, started, reporter))
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"out of GPU memory with batches of {config.data.batch_size}; in this order, try --gradient-checkpointing, "
-            "a smaller --batch-size with --accumulation to make up for it, a smaller --resolution"
+            f"out of GPU memory with batches of {config.data.batch_size}, although all was saved that the settings "
+            "allow; leave --micro-batch, --base-dtype and --offload to sdlora, or try a smaller --resolution"
         ) from error
     finally:
         reporter.end()
@@ -145,67 +143,103 @@ def _set_learning_rates(session: Session, step: int) -> float:
         warmup_steps=session.plan.warmup_steps,
         schedule=session.config.optimizer.schedule,
     )
-    for group in session.optimizer.param_groups:
+    for group in session.engine.optimizer.param_groups:
         stopped = group["component"] != "denoiser" and step >= session.texts.stops
         group["lr"] = 0.0 if stopped else group["base_lr"] * factor
     return session.rates["denoiser"] * factor
 
 
-def _accumulate(session: Session, step: int) -> tuple[float, int, list[str]]:
-    """Adds up the gradients of a step's batches; returns its loss, number of samples and the pictures' names."""
-    settings, parts = session.config.train, session.parts
-    torch.manual_seed(generator(settings.seed, "dropout", step).initial_seed())
-    for component in parts.components.values():
+def _gradients(session: Session, step: int, stop: bool) -> tuple[Tensor, Tensor, list[str]]:
+    """Computes a step's gradients; returns loss and wish to stop, as `accumulate` does, and the pictures' names."""
+    plan, world = session.plan, session.world
+    session.engine.begin()
+    for component in session.parts.components.values():
         component.train()
-    loss, names = 0.0, []
-    batches = list(_batches(session, step))
-    total = sum(len(batch.examples) for batch in batches)
-    for batch in batches:
-        positions = range(len(names), len(names) + len(batch.examples))
-        drawn = draw(
-            batch.mean,
-            batch.std,
-            num_timesteps=len(parts.schedule),
-            seed=settings.seed,
-            step=step,
-            positions=positions,
-            noise_offset=settings.noise_offset,
-        )
-        with session.accelerator.autocast():
-            conditioning = session.texts(batch.examples, step, positions) | parts.family.condition_sizes(batch.sizes)
-            # Each picture counts the same, however the step is cut into batches.
-            share = sample_losses(parts, drawn, conditioning, settings).sum() / total
-        session.accelerator.backward(share)
-        loss += share.item()
-        names += [example.path.name for example in batch.examples]
-    return loss, total, names
-
-
-def _batches(session: Session, step: int) -> Iterator[Batch]:
-    plan = session.plan
     epoch, index = divmod(step, plan.steps_per_epoch)
     order = session.dataset.batches(epoch, plan.batch_size)
-    for samples in order[index * plan.accumulation : (index + 1) * plan.accumulation]:
-        yield session.dataset.load(samples)
+    batches = order[index * plan.accumulation : (index + 1) * plan.accumulation]
+    names = [session.dataset.examples[sample.example].path.name for batch in batches for sample in batch]
+    slots = cut(batches, share=plan.share, rank=world.rank, micro_batch=session.micro_batch)
+    # Each picture counts the same, however the step is cut into batches.
+    part = 1 / len(names)
+    loss, asked = accumulate(
+        slots, lambda piece: _compute(session, step, piece, part), session.engine.flat.gradients, world, stop
+    )
+    return loss, asked, names
 
 
-def _update(session: Session, loss: float) -> float:
-    """Steps the optimizer, unless that would poison the weights; returns the gradient's norm before clipping."""
-    limit = session.config.train.max_grad_norm or math.inf
-    norm = session.accelerator.clip_grad_norm_(session.trainable, limit)
-    norm = float(norm) if norm is not None else math.nan
-    # With a loss scale an overflowing gradient is usual: the scaler then skips the step and lowers the scale.
-    if session.accelerator.scaler is not None or (math.isfinite(loss) and math.isfinite(norm)):
-        session.optimizer.step()
-    session.optimizer.zero_grad(set_to_none=True)
-    return norm
+def _compute(session: Session, step: int, piece: Piece, part: float) -> Tensor:
+    """Adds the gradients of some pictures to those of the step; returns their part of its loss, on the device."""
+    torch.manual_seed(generator(session.config.train.seed, "dropout", step, piece.positions[0]).initial_seed())
+    batch = session.dataset.load(piece.samples)
+    texts = session.texts(batch.examples, step, piece.positions)
+    sizes = session.parts.family.condition_sizes(batch.sizes)
+    return session.engine.add(Microbatch(batch.mean, batch.std, texts | sizes, step, piece.positions), part)
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What came of a step; loss and norm may still be under way on the device."""
+
+    step: int
+    rate: float
+    loss: Tensor
+    norm: Tensor
+    asked: Tensor
+    names: list[str]
+
+
+class _Watch:
+    """Reads a step's numbers once the next one is under way, shows them, and gives up after several bad ones."""
+
+    def __init__(self, session: Session, meter: Meter, reporter: Reporter, stop: StopSignal) -> None:
+        self.session, self.meter, self.reporter, self.stop = session, meter, reporter, stop
+        self._asked = False
+        self._waiting: _Numbers | None = None
+        self._bad = 0
+
+    @property
+    def stopping(self) -> bool:
+        """Whether to stop. Several processes stop together, by what came with a step's sums."""
+        return self.stop.requested if self.session.world.size == 1 else self._asked
+
+    def note(self, numbers: _Numbers, previews: Previews | None, saved: int) -> None:
+        self.catch_up(previews, saved)
+        self._waiting = numbers
+        if numbers.loss.device.type == "cpu":
+            self.catch_up(previews, saved)
+
+    def catch_up(self, previews: Previews | None, saved: int) -> None:
+        """Reads what was not read yet."""
+        numbers, self._waiting = self._waiting, None
+        if numbers is None:
+            return
+        step, loss, norm = numbers.step, float(numbers.loss), float(numbers.norm)
+        self._asked = self._asked or bool(numbers.asked)
+        self.meter.add(loss, len(numbers.names))
+        self.session.log(
+            {
+                "step": step,
+                "epoch": (step - 1) // self.session.plan.steps_per_epoch + 1,
+                "loss": loss,
+                "learning_rate": numbers.rate,
+                "gradient_norm": norm,
+                "images_per_second": round(self.meter.images_per_second, 2),
+            }
+        )
+        self.reporter.advance(self.meter.note(step, numbers.rate, previews.seconds if previews else 0.0))
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        self._bad = 0 if finite else self._bad + 1
+        if not finite:
+            _report_bad_step(self.session, step, self._bad, numbers.names, saved, self.reporter)
 
 
 def _report_bad_step(session: Session, step: int, bad: int, names: list[str], saved: int, reporter: Reporter) -> None:
     """Tells of a step that was skipped, and gives up after several in a row."""
-    if session.accelerator.scaler is None:
+    scaled = session.engine.scale is not None  # then an overflow is usual, and lowers the scale
+    if not scaled:
         reporter.warn(f"step {step} skipped: its loss or gradient is not finite (pictures: {', '.join(names[:4])})")
-    limit = MAX_BAD_STEPS if session.accelerator.scaler is None else 10 * MAX_BAD_STEPS
+    limit = 10 * MAX_BAD_STEPS if scaled else MAX_BAD_STEPS
     if bad >= limit:
         raise TrainingError(
             f"loss or gradient not finite in {bad} steps in a row, last in step {step} ({', '.join(names[:4])}); "
@@ -225,7 +259,7 @@ def _finish(session: Session, step: int, interrupted: bool, started: float, repo
     certificate = session.exporter.export(file, step)
     preview, samples = None, None
     if previews and finished:
-        images = previews.with_lora(file, plan.num_epochs, reporter)
+        images = previews.with_lora(file, plan.num_epochs, reporter, final=True)
         if images:
             preview, samples = images[0], previews.grid_path(plan.num_epochs)
             previews.overview()

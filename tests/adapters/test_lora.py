@@ -208,8 +208,8 @@ def test_outputs_and_gradients_agree_with_peft(alpha):
     b.square().mean().backward()
     for path, adapter in adapters.items():
         layer = theirs.base_model.model.get_submodule(path)
-        torch.testing.assert_close(adapter.down.grad, layer.lora_A["default"].weight.grad)
-        torch.testing.assert_close(adapter.up.grad, layer.lora_B["default"].weight.grad)
+        torch.testing.assert_close(adapter.down.grad, layer.lora_A["default"].weight.grad, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(adapter.up.grad, layer.lora_B["default"].weight.grad, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it

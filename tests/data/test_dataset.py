@@ -1,7 +1,13 @@
 """Latents are encoded once and never stale; the order of an epoch is a function of (seed, epoch)."""
 
 import math
+import statistics
+import sys
+import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +18,8 @@ from PIL import Image
 from sdlora.config import DataSection
 from sdlora.data.buckets import Fit
 from sdlora.data.cache import Cache
-from sdlora.data.dataset import Dataset, Variant, bucket_counts, prepare, variants
+from sdlora.data.dataset import Dataset, bucket_counts, prepare, variants
+from sdlora.data.encoding import Encoder, Variant, Wanted, share
 from sdlora.data.folder import Example, scan
 from sdlora.data.image import open_rgb, pixels
 from sdlora.errors import DatasetError
@@ -206,6 +213,143 @@ def test_a_cache_that_cannot_be_written_is_a_note(tiny_parts, style_dir, tmp_pat
     (tmp_path / "file").write_text("in the way")
     dataset = prepare(tiny_parts, scan(style_dir), DataSection(), 0, Cache(tmp_path / "file"))
     assert dataset.encoded == 6 and len(dataset.notes) == 1 and "not kept" in dataset.notes[0]
+
+
+@pytest.mark.parametrize("budget", [math.inf, 1000])
+def test_in_one_tensor_a_size_the_latents_are_the_same_bit_by_bit(ready, budget):
+    settings = {"flip": True, "crop": "random", "num_crops": 3, "buckets": False}
+    plain, stacked = ready(**settings), ready(**settings)
+    assert plain.num_bytes == 24 * 2 * 4 * 8 * 8 * 4  # variants, mean and deviation, channels, sides, fp32
+    assert stacked.to_device("cpu", budget) is (budget == math.inf)
+    assert stacked.num_bytes == plain.num_bytes
+    for batch_size in (1, 3):
+        for samples in plain.batches(0, batch_size):
+            one, other = plain.load(samples), stacked.load(samples)
+            assert torch.equal(one.mean, other.mean)
+            assert one.std is not None and other.std is not None and torch.equal(one.std, other.std)
+            assert (one.examples, one.sizes) == (other.examples, other.sizes)
+
+
+def test_copies_of_a_picture_are_encoded_once_and_take_memory_once(tiny_parts, style_dir, tmp_path):
+    (style_dir / "copy.png").write_bytes((style_dir / "picture0.png").read_bytes())
+    told = []
+    dataset = prepare(
+        tiny_parts, scan(style_dir), DataSection(), 0, Cache(tmp_path / "cache"), lambda *now: told.append(now)
+    )
+    assert (dataset.encoded, dataset.cached) == (6, 1)
+    assert dataset.latents[0][0] is dataset.latents[1][0]
+    assert told == [(k, 7) for k in range(1, 8)]
+
+
+class Ranks:
+    """Processes of a run, as threads that share a cache folder."""
+
+    def __init__(self, parts, folder, cache, count):
+        self.parts, self.folder, self.cache, self.count = parts, folder, cache, count
+        self.barrier = threading.Barrier(count, timeout=60)
+
+    def run(self):
+        with ThreadPoolExecutor(self.count) as pool:
+            return list(pool.map(self.one, range(self.count)))
+
+    def one(self, rank):
+        cache = Cache(self.cache)
+        try:
+            return prepare(
+                self.parts,
+                scan(self.folder),
+                DataSection(flip=True),
+                0,
+                cache,
+                rank=rank,
+                world_size=self.count,
+                barrier=self.barrier.wait,
+            )
+        except DatasetError as error:
+            return error
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_the_work_and_end_with_the_same(tiny_parts, style_dir, tmp_path, count):
+    found = Ranks(tiny_parts, style_dir, tmp_path / "cache", count).run()
+    alone = prepare(tiny_parts, scan(style_dir), DataSection(flip=True), 0, Cache(tmp_path / "alone"))
+    assert sum(dataset.encoded for dataset in found) == 12
+    assert max(dataset.encoded for dataset in found) - min(dataset.encoded for dataset in found) <= 2  # one picture
+    for dataset in found:
+        assert dataset.cached + dataset.encoded == 12
+        for one, other in zip(dataset.latents, alone.latents, strict=True):
+            assert all(torch.equal(a["mean"], b["mean"]) for a, b in zip(one, other, strict=True))
+
+
+def test_processes_without_a_cache_encode_everything_each(tiny_parts, style_dir, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for dataset in Ranks(tiny_parts, style_dir, tmp_path / "file", 2).run():
+        assert dataset.encoded == 12 and "not kept" in dataset.notes[0]
+
+
+def test_a_bad_picture_is_an_error_in_all_processes(tiny_parts, style_dir, tmp_path, monkeypatch):
+    def scanned(folder, real=scan):
+        found = real(folder)
+        return replace(found, examples=[replace(e, digest="0" * 64) for e in found.examples[:1]] + found.examples[1:])
+
+    monkeypatch.setattr(sys.modules[__name__], "scan", scanned)
+    errors = Ranks(tiny_parts, style_dir, tmp_path / "cache", 2).run()
+    assert ["picture0.png has changed" in str(error) for error in errors] == [True, True]
+
+
+def test_shares_are_balanced_in_every_size():
+    made_of = [(64, i) for i in range(11)] + [(96, i) for i in range(6)]
+    wanted = [Wanted(Example(Path("x"), "", 1, "g", w, 64, f"{i:064x}"), Fit(w, 64, w, 64), [], []) for w, i in made_of]
+    shares = [share(wanted, rank, 4) for rank in range(4)]
+    assert sorted(id(w) for part in shares for w in part) == sorted(map(id, wanted))
+    for width in (64, 96):
+        counts = [sum(w.size[0] == width for w in part) for part in shares]
+        assert max(counts) - min(counts) <= 1
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert share(wanted[::-1], 1, 4) == shares[1]
+
+
+def test_in_a_batch_latents_are_the_same_up_to_rounding(ready, tiny_parts, style_dir, tmp_path, monkeypatch):
+    alone = ready(flip=True)
+    sizes, encode = [], tiny_parts.family.encode_images
+
+    def encode_images(parts, pixels):
+        sizes.append(tuple(pixels.shape))
+        if len(pixels) == 3:
+            raise torch.OutOfMemoryError("too many at once")
+        return encode(parts, pixels)
+
+    monkeypatch.setattr(Encoder, "together", property(lambda self: True))
+    monkeypatch.setattr("sdlora.data.encoding.MAX_BATCH", 3)
+    family = replace(tiny_parts.family, encode_images=encode_images)
+    together = prepare(
+        replace(tiny_parts, family=family), scan(style_dir), DataSection(flip=True), 0, Cache(tmp_path / "other")
+    )
+    assert {shape for shape in sizes if shape[0] == 2} == {(2, 3, 72, 48), (2, 3, 48, 72), (2, 3, 48, 88)}
+    assert sum(shape[0] == 3 for shape in sizes) == 2 and sum(shape[0] == 1 for shape in sizes) == 6
+    for one, other in zip(alone.latents, together.latents, strict=True):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a["mean"], b["mean"])
+
+
+def test_a_step_costs_the_same_with_ten_thousand_pictures():
+    def ready_with(pictures: int) -> Dataset:
+        dataset = made([(64, 1, pictures)], num_variants=1)
+        dataset.to_device("cpu")
+        return dataset
+
+    def seconds(dataset: Dataset) -> float:
+        steps = len(dataset.batches(0, 4))
+        times = []
+        for step in range(200):
+            started = time.perf_counter()
+            dataset.load(dataset.batches(0, 4)[step % steps])
+            times.append(time.perf_counter() - started)
+        return statistics.median(times)
+
+    small, large = ready_with(10), ready_with(10_000)
+    few, many = (min(seconds(dataset) for _ in range(3)) for dataset in (small, large))
+    assert many < 4 * few  # of some 30 microseconds; caches of the processor make a difference
 
 
 def test_transparent_pictures_are_encoded_on_their_background(tiny_parts, tmp_path):

@@ -4,7 +4,9 @@ import io
 import json
 import os
 import re
+import time
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -247,21 +249,48 @@ def test_folders_without_a_usable_picture_say_why(tmp_path):
         scan(tmp_path, background="whit")
 
 
-def test_a_picture_that_was_found_readable_is_not_decoded_again(tmp_path, monkeypatch):
+def test_a_picture_that_was_not_touched_is_not_read_again(tmp_path, monkeypatch):
     root, cache = tmp_path / "pictures", Cache(tmp_path / "cache")
     picture(root / "a.png")
+    (root / "a.txt").write_text("a caption")
+    soon = time.time() + 10  # files younger than two seconds are read again
+    monkeypatch.setattr("sdlora.file_identity.time.time", lambda: soon)
     first = scan(root, cache=cache)
+    monkeypatch.setattr("sdlora.data.decoding.read_bytes", lambda path: pytest.fail("read again"))
+    (root / "a.txt").write_text("another caption")
+    assert [replace(e, caption="a caption") for e in scan(root, cache=cache).examples] == first.examples
+    monkeypatch.undo()
+    monkeypatch.setattr("sdlora.data.decoding.decode", lambda *_: pytest.fail("decoded again"))
+    os.utime(root / "a.png")  # only touched: the same bytes
+    assert scan(root, cache=cache).examples[0].digest == first.examples[0].digest
 
-    def refuse(*arguments):
-        raise AssertionError("decoded again")
 
-    with monkeypatch.context() as patch:
-        patch.setattr("sdlora.data.folder.decode", refuse)
-        assert scan(root, cache=cache).examples == first.examples
-        picture(root / "a.png", "blue")
-        with pytest.raises(AssertionError, match="decoded again"):
-            scan(root, cache=cache)
-    assert scan(root, cache=cache).examples[0].digest != first.examples[0].digest
+def test_a_changed_picture_is_another_one_even_with_its_old_size_and_time(tmp_path, monkeypatch):
+    root, cache = tmp_path / "pictures", Cache(tmp_path / "cache")
+    before = picture(root / "a.bmp", "red", kind="BMP").stat()
+    soon = time.time() + 10
+    monkeypatch.setattr("sdlora.file_identity.time.time", lambda: soon)
+    first = scan(root, cache=cache).examples[0]
+    time.sleep(0.02)  # a tick of the disk's clock
+    picture(root / "a.bmp", "blue", kind="BMP")
+    os.utime(root / "a.bmp", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (root / "a.bmp").stat().st_size == before.st_size
+    assert scan(root, cache=cache).examples[0].digest != first.digest
+
+
+def test_a_picture_written_a_moment_ago_is_read_again(tmp_path, monkeypatch):
+    root, cache = tmp_path / "pictures", Cache(tmp_path / "cache")
+    path = picture(root / "a.png")
+    scan(root, cache=cache)
+    written = []
+    monkeypatch.setattr("sdlora.data.decoding.read_bytes", lambda p: written.append(p) or path.read_bytes())
+    scan(root, cache=cache)
+    assert written == [path]
+
+
+def test_without_a_cache_nothing_is_remembered(tmp_path):
+    picture(tmp_path / "a.png")
+    assert scan(tmp_path).examples == scan(tmp_path).examples
 
 
 def test_a_truncated_picture_is_named_and_the_others_are_used(tmp_path):

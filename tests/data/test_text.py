@@ -1,5 +1,6 @@
 """Text states are those of the encoder, however they were come by."""
 
+import pytest
 import torch
 
 from sdlora.data.cache import Cache
@@ -53,7 +54,7 @@ def test_what_changes_the_states_changes_the_key(tiny_parts, tmp_path):
 
 
 def test_a_caption_used_once_does_not_fill_the_disk(tiny_parts, tmp_path):
-    states = TextStates(tiny_parts, Cache(tmp_path), 1)
+    states = TextStates(tiny_parts, Cache(tmp_path), 1, fingerprint="given")
     states(["a", "b"])
     assert not list(tmp_path.rglob("*.safetensors"))
     states(["b"])
@@ -79,3 +80,45 @@ def test_using_a_tokenizer_does_not_change_its_fingerprint(tiny_parts):
     assert states.truncated(["a cat", "cat " * 75, "cat " * 76]) == ["cat " * 76]
     assert text_fingerprint(tiny_parts) == before
     assert states.fingerprint == "given"
+
+
+def test_what_is_known_before_training_is_encoded_once_and_kept(tiny_parts, tmp_path):
+    captions = ["a cat", "", "a dog", "a cat", ""]
+    states = TextStates(tiny_parts, Cache(tmp_path), 1)
+    lazy = TextStates(tiny_parts, Cache(tmp_path / "other"), 1)
+    assert states.preload(captions) and states.encoded == 3
+    assert torch.equal(states(captions)["states"], lazy(captions)["states"])
+    assert states.encoded == 3
+    again = TextStates(tiny_parts, Cache(tmp_path), 1)
+    assert again.preload(captions) and again.encoded == 0
+
+
+def test_in_one_tensor_the_states_are_the_same_bit_by_bit(tiny_parts, tmp_path):
+    captions = ["a cat", "", "a dog"]
+    states = TextStates(tiny_parts, Cache(tmp_path), 1)
+    lazy = TextStates(tiny_parts, Cache(tmp_path / "other"), 1)
+    assert not states.to_device([], "cpu")
+    assert not states.to_device(captions, "cpu", budget_bytes=1000)
+    assert states.to_device(captions, "cpu", budget_bytes=3 * 77 * 16 * 4)
+    for batch in (["a dog"], ["a dog", "a dog", ""], ["a cat", "a fish"]):  # nobody knew of the fish
+        assert torch.equal(states(batch)["states"], lazy(batch)["states"])
+    assert states.encoded == 4
+
+
+def test_more_captions_than_memory_are_read_from_the_disk(tiny_parts, tmp_path, monkeypatch):
+    monkeypatch.setattr("sdlora.data.text.MEMORY_BYTES", 3 * 77 * 16 * 4)
+    states = TextStates(tiny_parts, Cache(tmp_path), 1)
+    captions = [str(k) for k in range(8)]
+    assert not states.preload(captions) and not states.to_device(captions, "cpu")
+    states(captions)
+    assert states.encoded == 8 and len(states._memory) == 3
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_together_captions_become_the_same_up_to_rounding(tiny_parts, tmp_path, monkeypatch, count):
+    alone = TextStates(tiny_parts, Cache(tmp_path / "alone"), 1)
+    together = TextStates(tiny_parts, Cache(tmp_path / "together"), 1)
+    monkeypatch.setattr(TextStates, "together", property(lambda self: 3))
+    captions = [f"thing {k}" for k in range(count)]
+    assert together.preload(captions) and together.encoded == count
+    torch.testing.assert_close(together(captions)["states"], alone(captions)["states"])

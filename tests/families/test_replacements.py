@@ -13,7 +13,8 @@ from sdlora.errors import ModelError
 from sdlora.families import FAMILIES, Base, load_parts
 from sdlora.families.components import load_text_encoders, load_vae_folder
 from sdlora.families.latent_spaces import LATENT_SPACES, require_latents
-from sdlora.families.layout import OLD_VAE_ATTENTION, VAE
+from sdlora.families.layout import VAE
+from sdlora.families.names import OLD_VAE_ATTENTION
 from sdlora.families.replacements import replace_text_encoders, replace_vae
 from sdlora.families.save_single import save_single
 

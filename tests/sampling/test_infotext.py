@@ -5,7 +5,14 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from sdlora.sampling.infotext import parameters, parse_parameters, png_info
+from sdlora.sampling.infotext import (
+    decoder_of,
+    parameters,
+    parse_parameters,
+    png_info,
+    same_but_for_loras,
+    stored_text,
+)
 from sdlora.sampling.prompts import Prompt
 
 PROMPT = Prompt("a castle, on a hill", "blurry", 512, 768, 7, 7.0, 20, "DPM++ 2M Karras")
@@ -61,3 +68,19 @@ def test_png_carries_it(tmp_path, text):
     Image.new("RGB", (8, 8)).save(path, pnginfo=png_info(text))
     with Image.open(path) as image:
         assert image.info["parameters"] == text
+
+
+def test_what_decoded_a_picture_is_named_as_the_webui_does(tmp_path):
+    plain, quick = (parameters(PROMPT, **NOTHING, decoder=decoder) for decoder in (None, "TAESD"))
+    assert parse_parameters(quick)[2]["VAE Decoder"] == "TAESD"
+    assert (decoder_of(plain), decoder_of(quick)) == (None, "TAESD")
+    file = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(file, pnginfo=png_info(quick))
+    assert stored_text(file) == quick
+
+
+def test_the_same_picture_is_known_whatever_drew_it():
+    plain = parameters(PROMPT, **NOTHING)
+    drawn = parameters(PROMPT, **{**NOTHING, "loras": [("style", 1.0, "ab" * 32)]}, decoder="TAESD")
+    assert same_but_for_loras(plain, drawn)
+    assert not same_but_for_loras(plain, parameters(replace(PROMPT, seed=8), **NOTHING))

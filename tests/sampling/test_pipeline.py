@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from sdlora.errors import ConfigError, ModelError
-from sdlora.sampling.pipeline import defaults_for, draw
+from sdlora.sampling import pipeline
+from sdlora.sampling.pipeline import defaults_for, draw, draw_latents
 from sdlora.sampling.prompts import Prompt
 from sdlora.sampling.samplers import make_scheduler
 
@@ -17,16 +18,14 @@ CAT = Prompt("a cat", "a dog", 64, 64, 1, 4.0, 2, "Euler a")
 @pytest.fixture
 def latents(monkeypatch):
     """Collects what is decoded: latents in fp32, in which differences of 1e-4 are visible."""
-    from sdlora.sampling import pipeline
-
     seen = []
-    decode = pipeline._decode
+    decode = pipeline.decode
 
-    def record(parts, one, prompt):
-        seen.append(one.clone())
-        return decode(parts, one, prompt)
+    def record(parts, latents, prompts):
+        seen.extend(one.clone() for one in latents)
+        return decode(parts, latents, prompts)
 
-    monkeypatch.setattr(pipeline, "_decode", record)
+    monkeypatch.setattr(pipeline, "decode", record)
     return seen
 
 
@@ -63,6 +62,61 @@ def test_pictures_come_in_the_order_of_the_prompts_whatever_is_drawn_together(ti
     for prompt, image in zip(prompts, images, strict=True):
         difference = np.asarray(image, np.int16) - np.asarray(draw(tiny_parts, [prompt])[0], np.int16)
         assert np.abs(difference).max() <= 1
+
+
+def test_a_batch_that_does_not_fit_is_cut_in_halves(tiny_parts, latents, monkeypatch):
+    denoise, sizes = pipeline._denoise, []
+
+    def small_only(parts, batch, encoded, on_step):
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError
+        return denoise(parts, batch, encoded, on_step)
+
+    prompts = [replace(CAT, seed=s, text=t) for s, t in enumerate(["a cat", "a hill", "a dog", "x", "y"])]
+    draw(tiny_parts, prompts, batch_size=5)
+    monkeypatch.setattr(pipeline, "_denoise", small_only)
+    draw(tiny_parts, prompts, batch_size=5)
+    assert sizes == [5, 2, 3, 1, 2]
+    for whole, cut in zip(latents[:5], latents[5:], strict=True):
+        torch.testing.assert_close(whole, cut, atol=1e-4, rtol=0)
+
+
+def test_a_single_picture_that_does_not_fit_is_an_error(tiny_parts, monkeypatch):
+    def never(*arguments):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(pipeline, "_denoise", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        draw(tiny_parts, [CAT, CAT])
+
+
+def test_what_a_step_raises_ends_the_drawing(tiny_parts):
+    tiny_parts.denoiser.train()
+    steps, done = [], []
+
+    def step():
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw_latents(tiny_parts, [CAT] * 3, batch_size=1, on_step=step, on_image=done.append)
+    assert done == [1]  # two steps a picture
+    assert tiny_parts.denoiser.training
+
+
+def test_without_guidance_the_denoiser_sees_each_picture_once(tiny_parts, latents):
+    seen = []
+    tiny_parts.denoiser.register_forward_hook(lambda m, i, o: seen.append(len(i[0])))
+    prompt = replace(CAT, sampler="DDIM", cfg=1.0, steps=3)
+    draw(tiny_parts, [prompt, replace(prompt, seed=2)])
+    assert seen == [2, 2, 2]
+    pipe = tiny_parts.family.pipeline(tiny_parts, make_scheduler("DDIM", tiny_parts.scheduler_config))
+    generator = torch.Generator().manual_seed(1)
+    size = {"width": 64, "height": 64, "num_inference_steps": 3, "output_type": "latent"}
+    theirs = pipe("a cat", guidance_scale=1.0, generator=generator, **size).images[0]
+    torch.testing.assert_close(latents[0], theirs, atol=1e-4, rtol=0)
 
 
 def test_seed_text_and_negative_each_matter(tiny_parts, latents):

@@ -7,7 +7,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from sdlora.adapters import adapters_in
 from sdlora.cli.main import main
+from sdlora.sampling import pipeline
 from sdlora.sampling.infotext import parse_parameters
 
 QUICK = ["--steps", "1", "--width", "64", "--height", "64"]
@@ -110,6 +112,16 @@ def test_strength_zero_is_the_base_and_one_is_not(tmp_path, lora, tiny_base, cap
     )
     assert base == zero != one
     assert max(abs(a - b) for a, b in zip(one, halves, strict=True)) <= 1
+
+
+def test_loras_are_in_the_weights_when_it_draws(tmp_path, lora, monkeypatch):
+    drawn = []
+    draw = pipeline.draw
+    monkeypatch.setattr(
+        pipeline, "draw", lambda parts, *rest, **more: drawn.append(parts) or draw(parts, *rest, **more)
+    )
+    sample("--lora", lora, "--lora", f"{lora}:-0.5", "--output", tmp_path / "out", "mystyle")
+    assert not adapters_in(drawn[0].denoiser)
 
 
 def test_the_trigger_may_stand_beside_the_file(tmp_path, lora, capsys):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
+from sdlora.adapters import FlatParameters, Lora
 from sdlora.config_io import load_config
 from sdlora.training.lr import SCHEDULES, learning_rate_factor
 from sdlora.training.meter import Meter
@@ -104,7 +105,8 @@ def test_the_default_learning_rate_rises_as_the_denoiser_narrows(tiny_parts, nan
 
 def test_optimizer_gets_every_setting():
     config = load_config(None, {"optimizer.beta1": 0.8, "optimizer.beta2": 0.95, "optimizer.weight_decay": 0.5})
-    optimizer = make_optimizer({"a": [torch.nn.Linear(2, 2)]}, {"a": 0.1}, config.optimizer)
+    flat = FlatParameters({"a": [Lora(torch.nn.Linear(2, 2), 1)]}, torch.float32)
+    optimizer = make_optimizer(flat, {"a": 0.1}, config.optimizer)
     group = {k: v for k, v in optimizer.param_groups[0].items() if k in ("lr", "base_lr", "betas", "weight_decay")}
     assert group == {"lr": 0.1, "base_lr": 0.1, "betas": (0.8, 0.95), "weight_decay": 0.5}
 

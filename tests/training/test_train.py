@@ -167,8 +167,8 @@ def test_training_changes_the_adapters_only(settings, monkeypatch):
     seen = {}
     load = building.load_parts
 
-    def spy(*arguments):
-        seen["parts"] = load(*arguments)
+    def spy(*arguments, **named):
+        seen["parts"] = load(*arguments, **named)
         seen["before"] = [state_hash(m) for m in (*seen["parts"].components.values(), seen["parts"].vae)]
         return seen["parts"]
 

@@ -1,0 +1,133 @@
+"""Attention for CPUs made of a few large matrix products in bf16, each at the full speed of oneDNN.
+
+torch's own CPU kernel multiplies small blocks, which is slow for the narrow heads of Stable Diffusion, above all on the
+way back. Here the scores of a block of rows are one product. What would be further passes over them is hidden in the
+products: subtracting each row's shift and its mean gradient, and summing up its probabilities, are further columns of
+the factors. What is left is one exponential and one multiplication for each score.
+
+Legend: B batch, H heads, n queries, m keys, d head width, w widened head.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK_BYTES = 4 << 20
+"""Of scores at a time: they should stay in the processor's cache between the products."""
+SAMPLE = 16
+"""Every how many keys one is looked at to guess a row's largest score."""
+
+_LOG2_E = math.log2(math.e)
+
+
+class _Pool:
+    """Buffers for probabilities that are used again at the next step: new memory costs more than what is done in it."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, ...], list[Tensor]] = {}
+
+    def take(self, *shape: int) -> Tensor:
+        free = self._free.get(shape)
+        return free.pop() if free else torch.empty(shape, dtype=torch.bfloat16)
+
+    def give(self, buffer: Tensor) -> None:
+        self._free.setdefault(tuple(buffer.shape), []).append(buffer)
+
+
+_POOL = _Pool()
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Returns softmax(Q K^T / sqrt(d)) V; keeps the probabilities for the way back, 2 B H n m bytes.
+
+    Args:
+        query: (B, H, n, d), bf16, on the CPU.
+        key: (B, H, m, d).
+        value: (B, H, m, d).
+
+    Raises:
+        OverflowError: if a row's scores are so far apart that bf16 cannot hold their exponentials.
+
+    Source: agrees with `torch.nn.functional.scaled_dot_product_attention`; the way back is that of Dao et al. 2022,
+    arXiv:2205.14135, appendix B.2.
+    """
+    return _Attention.apply(query, key, value)  # type: ignore[no-any-return]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        n, d = query.shape[2:]
+        scale = 1 / math.sqrt(d)
+        q = query * (scale * _LOG2_E)
+        # Scores are rounded to bf16, finely only near zero. So the largest of a row should lie there, more or less.
+        shift = (q @ key[:, :, ::SAMPLE].mT).amax(-1, keepdim=True)
+        q, k, v = _widened(q, shift), _widened(key, -1.0), _widened(value, 1.0, -1.0)
+        scores = _POOL.take(q.shape[0], n, k.shape[1])
+        mixed = torch.empty_like(q)
+        for some, parts in _blocks(scores):
+            for part in parts:
+                torch.bmm(q[part], k[some].mT, out=scores[part]).exp2_()
+            torch.bmm(scores[some], v[some], out=mixed[some])
+        total = mixed[..., d : d + 1]  # each row's sum, from value's column of ones
+        if not math.isfinite(total.amax().item()):
+            _POOL.give(scores)
+            raise OverflowError("attention scores are too far apart for products in bf16")
+        output = mixed[..., :d] / total
+        ctx.save_for_backward(q, k, v, output, total)
+        ctx.scores, ctx.shape, ctx.scale = scores, query.shape[:2], scale
+        return output.unflatten(0, query.shape[:2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        q, k, v, output, total = ctx.saved_tensors
+        scores, ctx.scores = ctx.scores, None
+        if scores is None:
+            raise RuntimeError("attention's probabilities are used up in one backward pass; there cannot be a second")
+        d = output.shape[-1]
+        gradient = grad_outputs[0].flatten(0, 1) / total
+        mean = (gradient * output).sum(-1, keepdim=True)
+        g = _widened(gradient.unflatten(0, ctx.shape), 0.0, mean.unflatten(0, ctx.shape))
+        # Of key and value the transposes, for torch would copy a transposed block of scores first.
+        dq, dk, dv = torch.empty_like(q), k.new_empty(k.mT.shape), v.new_empty(v.mT.shape)
+        for some, parts in _blocks(scores):
+            torch.bmm(g[some].mT, scores[some], out=dv[some])
+            for part in parts:
+                scores[part].mul_(torch.bmm(g[part], v[some].mT))
+            torch.bmm(scores[some], k[some], out=dq[some])
+            torch.bmm(q[some].mT, scores[some], out=dk[some])
+        _POOL.give(scores)
+        dq, dk, dv = dq[..., :d] * ctx.scale, dk.mT[..., :d] * (1 / _LOG2_E), dv.mT[..., :d]
+        return dq.unflatten(0, ctx.shape), dk.unflatten(0, ctx.shape), dv.unflatten(0, ctx.shape)
+
+
+def _blocks(scores: Tensor) -> list[tuple[slice, list[tuple[slice, slice]]]]:
+    """Cuts scores, (B H, n, m), into several heads at a time where they fit, else into rows of one head."""
+    heads, n, m = scores.shape
+    together = max(1, min(heads, BLOCK_BYTES // (2 * n * m)))
+    rows = n if together > 1 else max(1, min(n, BLOCK_BYTES // (2 * m)))
+    groups = [slice(h, h + together) for h in range(0, heads, together)]
+    return [(some, [(some, slice(start, start + rows)) for start in range(0, n, rows)]) for some in groups]
+
+
+def _widened(x: Tensor, *columns: Tensor | float) -> Tensor:
+    """Returns x, (B, H, n, d), with columns behind it and zeros up to a multiple of 16, as (B H, n, w)."""
+    *shape, d = x.shape
+    more = -(-(d + 2) // 16) * 16 - d - len(columns)
+    tail = [c if isinstance(c, Tensor) else _constant(c, x.dtype).expand(*shape, 1) for c in columns]
+    return torch.cat([x, *tail, _constant(0.0, x.dtype).expand(*shape, more)], -1).flatten(0, 1)
+
+
+_CONSTANTS: dict[tuple[float, torch.dtype], Tensor] = {}
+
+
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    if (value, dtype) not in _CONSTANTS:
+        _CONSTANTS[value, dtype] = torch.full((1,), value, dtype=dtype)
+    return _CONSTANTS[value, dtype]

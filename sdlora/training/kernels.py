@@ -1,0 +1,93 @@
+"""What makes the frozen part of a step fast on this machine: packed weights and the quickest attention."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdlora.attention.choose import CPU_KERNELS, Fastest, sdpa
+from sdlora.attention.processor import Processor, plain
+from sdlora.frozen import freeze_layers
+from sdlora.frozen.packed import PackedConv2d, PackedLinear
+
+PACKED_COPIES = 2
+"""Arranged copies of each weight: one for the way forward, one for the way back."""
+LEAST_PACKED = 200_000
+"""Numbers in a linear layer's weight from which on packing pays; below, calling oneDNN costs more than it saves."""
+SHARE_OF_MEMORY = 0.5
+"""Of the free memory, at most so much goes into packed weights."""
+
+
+def choose_packing(model: nn.Module, wanted: str, device: torch.device, room: int | None = None) -> tuple[bool, str]:
+    """Tells whether the weights of a model should be packed, and why.
+
+    Args:
+        model: the denoiser, in the format of the products.
+        wanted: `auto` packs on a CPU where memory allows; `on` and `off` are taken as they are.
+        device: where training runs.
+        room: bytes that it may take at most; `None` sets no limit.
+    """
+    if device.type != "cpu":
+        return False, "a GPU needs none"
+    if wanted != "auto":
+        return wanted == "on", "as asked for"
+    if not torch.backends.mkldnn.is_available():
+        return False, "this torch has no oneDNN"
+    needed = PACKED_COPIES * sum(w.numel() * w.element_size() for w in _weights(model))
+    if room is not None and needed > room:
+        return False, f"it would take {needed / 1e9:.1f} GB, and train.memory leaves {max(0, room) / 1e9:.1f} GB for it"
+    free = free_memory()
+    if free is not None and needed > SHARE_OF_MEMORY * free:
+        return False, f"it would take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+    return True, f"{needed / 1e9:.1f} GB more memory"
+
+
+def free_memory() -> int | None:
+    """Returns the bytes of main memory that programs can still have, or `None` if the system does not tell."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            rows = dict(line.split(":") for line in file)
+        return int(rows["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def pack(model: nn.Module) -> int:
+    """Packs the weights of a model's frozen layers, those inside adapters too; returns how many layers it were."""
+    return len(freeze_layers(model, _packed))
+
+
+def _packed(path: str, layer: nn.Module) -> nn.Module | None:
+    if isinstance(layer, nn.Linear):
+        return PackedLinear(layer) if layer.weight.numel() >= LEAST_PACKED else None
+    if isinstance(layer, nn.Conv2d) and layer.groups == 1 and not isinstance(layer.padding, str):
+        return PackedConv2d(layer) if layer.padding_mode == "zeros" else None
+    return None
+
+
+def _weights(model: nn.Module) -> list[torch.Tensor]:
+    return [m.weight for m in model.modules() if type(m) in (nn.Linear, nn.Conv2d)]  # type: ignore[misc]
+
+
+def install_attention(denoiser: Any, dtype: torch.dtype) -> Fastest | None:
+    """Gives every plain attention layer of a denoiser the quickest kernel.
+
+    Returns:
+        What chooses, where there is a choice: half precision on a CPU.
+    """
+    choice = None
+    on_cpu = next(denoiser.parameters()).device.type == "cpu"
+    if on_cpu and dtype == torch.bfloat16:
+        choice = Fastest(CPU_KERNELS)
+    processor = Processor(choice or sdpa)
+    for module in denoiser.modules():
+        if hasattr(module, "set_processor") and hasattr(module, "to_q") and plain(module):
+            module.processor = processor
+    return choice
