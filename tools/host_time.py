@@ -59,9 +59,9 @@ def measure(session: Session, steps: int) -> dict[str, float]:
         torch.cuda.synchronize()
         clock.seconds.clear()
         start = time.perf_counter()
-        loop._set_learning_rates(session, step)
+        loop.set_learning_rates(session, step)
         session.engine.begin()
-        loss, *_ = loop._accumulate(session, step, False)
+        loss, *_ = loop.step_gradients(session, step, False)
         session.engine.update(loss)
         whole = time.perf_counter() - start
         rows.append({"whole step": whole, **clock.seconds})

@@ -57,11 +57,10 @@ class FlatParameters:
             view = self._view(self.values, at, old)
             view.copy_(old.detach())
             setattr(adapter, name, _parameter(view, self._view(self.gradients, at, old)))
-            if self._working is not None:
-                working.append(self._view(self._working, at, old))
+            working.append(self._view(self.values if self._working is None else self._working, at, old))
             sums.append(self._view(self._sums, at, old))
             at += _room(old.numel())
-        adapter.working = (working[0], working[1]) if working else None
+        adapter.working = working[0], working[1]
         adapter.sums = sums[0], sums[1]
         return at
 

@@ -53,7 +53,10 @@ class Lora(Adapter):
     nothing. Both are fp32 whatever the dtype of the base: updates of 1e-4 vanish in the 8 bits of a bf16 mantissa.
 
     Attributes:
-        working: copies of down and up in the number format of the products, kept by `FlatParameters`, or `None`.
+        rank: inner width of the factors.
+        alpha: the change is scaled by alpha / rank.
+        dropout: share of the inputs hidden from the change while training.
+        working: down and up in the number format of the products, kept by `FlatParameters`, or `None`.
         sums: where the gradients of down and up are added to, kept by `FlatParameters`; `None` hands them to autograd.
 
     Args:
@@ -89,15 +92,12 @@ class Lora(Adapter):
         nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
         self.down = nn.Parameter(start.to(device))
         self.up = nn.Parameter(torch.zeros(up, device=device))
+        self.rank = rank
         self.alpha = float(rank if alpha is None else alpha)
         self.dropout = dropout
+        self._convolves = isinstance(self.layer, nn.Conv2d)
         self.working: tuple[Tensor, Tensor] | None = None
         self.sums: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def rank(self) -> int:
-        """Inner width of the factors."""
-        return self.down.shape[0]
 
     @property
     def scale(self) -> float:
@@ -114,18 +114,16 @@ class Lora(Adapter):
         if self.training and torch.is_grad_enabled() and not self.dropout and not isinstance(self.base, Adapter):
             return LowRank.apply(x, self.down, self.up, self)  # type: ignore[no-any-return]
         y = self.base(x)
-        down, up = self.factors(x.dtype) if self.training else (self.down, self.up)
-        x = F.dropout(x.to(down.dtype), self.dropout, self.training)
-        if isinstance(self.layer, nn.Conv2d):
-            change = F.conv2d(self._hidden(x, down), up)
-        else:
-            change = F.linear(F.linear(x, down), up)
+        dtype = x.dtype if self.training else self.down.dtype
+        down, up = self.down.to(dtype), self.up.to(dtype)  # by autograd, unlike `working`
+        x = F.dropout(x.to(dtype), self.dropout, self.training)
+        change = F.conv2d(self._hidden(x, down), up) if self._convolves else F.linear(F.linear(x, down), up)
         return y + (change * self.factor).to(y.dtype)
 
     @property
     def factor(self) -> float:
         """What the product of the factors is multiplied with: strength * alpha / rank."""
-        return self.strength * self.scale
+        return self.strength * self.alpha / self.rank
 
     def factors(self, dtype: torch.dtype) -> _Pair:
         """Returns down and up in a number format; those kept in `working` where they have it."""
@@ -161,12 +159,12 @@ class LowRank(torch.autograd.Function):
         """Returns base(x) + factor * up(down(x))."""
         y = product(lora.base, x)
         down, up = lora.factors(x.dtype)
-        if isinstance(lora.layer, nn.Conv2d):
+        if lora._convolves:
             hidden = lora._hidden(x, down)
             y.add_(F.conv2d(hidden, up), alpha=lora.factor)
         else:
-            hidden = _rows(x) @ down.T
-            _rows(y).addmm_(hidden, up.T, alpha=lora.factor)
+            hidden = _rows(x).mm(down.t())
+            _rows(y).addmm_(hidden, up.t(), alpha=lora.factor)
         ctx.save_for_backward(x, hidden)
         ctx.lora = lora
         return y
@@ -181,7 +179,7 @@ class LowRank(torch.autograd.Function):
         gx = pull(lora.base, gradient, x.shape) if ctx.needs_input_grad[0] else None
         factors = lora.factors(x.dtype)
         sums = lora.sums or tuple(torch.zeros_like(factor) for factor in factors)
-        back = _conv_back if isinstance(lora.layer, nn.Conv2d) else _linear_back
+        back = _conv_back if lora._convolves else _linear_back
         back(lora, factors, sums, gradient, x, hidden, gx)
         if lora.sums is not None:
             return gx, None, None, None
@@ -197,12 +195,13 @@ def _linear_back(
 ) -> None:
     """Adds the change's part to the gradients of x, down and up."""
     down, up = factors
+    factor = lora.factor
     gradient = _rows(gradient)
-    of_hidden = gradient @ up
+    of_hidden = gradient.mm(up)
     if gx is not None:
-        _rows(gx).addmm_(of_hidden, down, alpha=lora.factor)
-    sums[0].addmm_(of_hidden.T, _rows(x), alpha=lora.factor)
-    sums[1].addmm_(gradient.T, hidden, alpha=lora.factor)
+        _rows(gx).addmm_(of_hidden, down, alpha=factor)
+    sums[0].addmm_(of_hidden.t(), _rows(x), alpha=factor)
+    sums[1].addmm_(gradient.t(), hidden, alpha=factor)
 
 
 def _conv_back(

@@ -75,9 +75,9 @@ def pull(layer: nn.Module, gradient: Tensor, shape: torch.Size) -> Tensor:
         return layer.pull(gradient, shape)
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    if isinstance(layer, nn.Conv2d):
-        return pull_conv(layer, weight, gradient, shape)
-    return F.linear(gradient, weight) if hasattr(layer, "nf") else gradient @ weight
+    if isinstance(layer, nn.Linear):
+        return gradient @ weight
+    return pull_conv(layer, weight, gradient, shape) if isinstance(layer, nn.Conv2d) else F.linear(gradient, weight)
 
 
 def pull_conv(layer: nn.Conv2d, weight: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:

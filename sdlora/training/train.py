@@ -102,8 +102,8 @@ def train(
             reporter.begin("training", plan.total_steps, step)
             while step < plan.total_steps and step != config.train.stop_at and not watch.stopping:
                 # Gradients and update. The numbers are read one step later, so that a GPU never waits for Python.
-                rate = _set_learning_rates(session, step)
-                loss, asked, names = session.ladder.run(partial(_gradients, session, step, stop.requested))
+                rate = set_learning_rates(session, step)
+                loss, asked, names = session.ladder.run(partial(step_gradients, session, step, stop.requested))
                 norm = session.engine.update(loss)
                 step += 1
                 watch.note(_Numbers(step, rate, loss, norm, asked, names), previews, saved)
@@ -136,7 +136,8 @@ def train(
         torch.set_num_threads(threads)
 
 
-def _set_learning_rates(session: Session, step: int) -> float:
+def set_learning_rates(session: Session, step: int) -> float:
+    """Sets the optimizer's learning rates for a step; returns the denoiser's."""
     factor = learning_rate_factor(
         step,
         total_steps=session.plan.total_steps,
@@ -149,12 +150,13 @@ def _set_learning_rates(session: Session, step: int) -> float:
     return session.rates["denoiser"] * factor
 
 
-def _gradients(session: Session, step: int, stop: bool) -> tuple[Tensor, Tensor, list[str]]:
+def step_gradients(session: Session, step: int, stop: bool) -> tuple[Tensor, Tensor, list[str]]:
     """Computes a step's gradients; returns loss and wish to stop, as `accumulate` does, and the pictures' names."""
     plan, world = session.plan, session.world
     session.engine.begin()
     for component in session.parts.components.values():
-        component.train()
+        if not component.training:  # after samples; to visit all modules takes milliseconds
+            component.train()
     epoch, index = divmod(step, plan.steps_per_epoch)
     order = session.dataset.batches(epoch, plan.batch_size)
     batches = order[index * plan.accumulation : (index + 1) * plan.accumulation]

@@ -21,7 +21,7 @@ from sdlora.training.progress import Reporter
 from sdlora.training.room import Limit, leave_device, memory_limit, sentence
 from sdlora.training.savings import CHECKPOINTING, Rung, is_kept, layers_of, put_to_work
 from sdlora.training.setup import attach_adapters, set_up
-from sdlora.training.train import _gradients, train
+from sdlora.training.train import step_gradients, train
 from sdlora.training.world import World
 
 CPU = torch.device("cpu")
@@ -154,7 +154,7 @@ def test_with_the_memory_gone_the_step_is_done_again_one_rung_down_with_the_batc
 
         with torch.no_grad():
             session.engine.flat.values.add_(0.01)
-        loss, *_ = session.ladder.run(partial(_gradients, session, 0, False))
+        loss, *_ = session.ladder.run(partial(step_gradients, session, 0, False))
         results.append((loss, session.engine.flat.gradients.clone()))
         sessions.append((session, notes))
     assert sessions[0][0].ladder.rung == Rung(4)
