@@ -81,13 +81,14 @@ class Fastest:
 
     Args:
         candidates: by name; the first is the standard that the others must agree with.
+        told: called after each choice.
 
     Attributes:
         chosen: (n, m, H, d) -> name of the kernel.
     """
 
-    def __init__(self, candidates: Mapping[str, Kernel]) -> None:
-        self.candidates = candidates
+    def __init__(self, candidates: Mapping[str, Kernel], told: Callable[[], None] = lambda: None) -> None:
+        self.candidates, self.told = candidates, told
         self.chosen: dict[tuple[int, int, int, int], str] = {}
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -97,6 +98,7 @@ class Fastest:
         shape = query.shape[2], key.shape[2], query.shape[1], query.shape[3]
         if shape not in self.chosen:
             self.chosen[shape] = self._measure(query, key, value)
+            self.told()
         try:
             return self.candidates[self.chosen[shape]](query, key, value)
         except OverflowError:
@@ -104,11 +106,11 @@ class Fastest:
             return self(query, key, value)
 
     def choices(self) -> dict[str, str]:
-        """Returns what was chosen, for a checkpoint: a resumed run must not choose otherwise."""
+        """Returns what was chosen, to be kept: a run that is resumed or repeated must not choose otherwise."""
         return {" ".join(map(str, shape)): name for shape, name in self.chosen.items()}
 
     def restore(self, choices: Mapping[str, str]) -> None:
-        """Takes up the choices of a checkpoint."""
+        """Takes up what `choices` returned."""
         for shape, name in choices.items():
             n, m, heads, d = map(int, shape.split())
             if name in self.candidates:

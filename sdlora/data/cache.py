@@ -88,6 +88,16 @@ class Cache:
             with suppress(OSError):
                 temporary.unlink()
 
+    def facts(self, key: str) -> Any:
+        """Returns what `keep_facts` has kept, or `None` if there is nothing or it is damaged."""
+        stored = self.get(key)
+        return json.loads(stored["facts"].numpy().tobytes()) if stored else None
+
+    def keep_facts(self, key: str, facts: Any) -> None:
+        """Keeps what JSON can hold, as `put` does."""
+        content = json.dumps(facts, separators=(",", ":")).encode()
+        self.put(key, {"facts": torch.frombuffer(bytearray(content), dtype=torch.uint8)})
+
 
 def _unpacked(content: bytearray) -> dict[str, Tensor] | None:
     """Takes a file apart; returns `None`, or raises, if it is not as `put` has written it."""

@@ -6,18 +6,16 @@ the last seconds before a look is read again at the next one: another change mig
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import PIL
-import torch
 
 from sdlora.data.cache import Cache
 from sdlora.data.decoding import Seen
 from sdlora.file_identity import identity, is_settled
 
-_VERSION = 1  # raise it when pictures that were found readable have to be looked at again
+_VERSION = 2  # raise it when pictures that were found readable have to be looked at again
 
 
 class PictureIndex:
@@ -31,8 +29,7 @@ class PictureIndex:
     def __init__(self, folder: Path, cache: Cache | None) -> None:
         self._folder, self._cache = folder, cache
         self._key = Cache.key("pictures", _VERSION, PIL.__version__, str(folder.resolve()))
-        stored = cache.get(self._key) if cache else None
-        self._before: dict[str, list[Any]] = json.loads(stored["rows"].numpy().tobytes()) if stored else {}
+        self._before: dict[str, list[Any]] = (cache.facts(self._key) if cache else None) or {}
         self._now: dict[str, list[Any]] = {}
 
     def same(self, path: Path) -> Seen | None:
@@ -63,8 +60,7 @@ class PictureIndex:
     def save(self) -> None:
         """Keeps what was noted, if it is something new."""
         if self._cache and self._now != self._before:
-            rows = json.dumps(self._now, separators=(",", ":")).encode()
-            self._cache.put(self._key, {"rows": torch.frombuffer(bytearray(rows), dtype=torch.uint8)})
+            self._cache.keep_facts(self._key, self._now)
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self._folder).as_posix()

@@ -127,6 +127,15 @@ def folder_resolution(folder: Path) -> int:
     return (size if isinstance(size, int) else max(size)) * VAE_FACTOR
 
 
+def folder_width(folder: Path) -> int:
+    """Returns the channels of the first block of a diffusers folder's denoiser; reads no weights.
+
+    Raises:
+        ModelError: if its configuration is missing or damaged.
+    """
+    return read_json(folder / "unet" / "config.json").get("block_out_channels", [320])[0]
+
+
 def identify_folder(folder: Path) -> str:
     """Tells the family of a diffusers folder, by name, from its configuration files.
 

@@ -91,8 +91,6 @@ class Family:
             (B, C, h, w); the deviation is `None` where the VAE is deterministic.
         decode_latents: scaled latents -> pixels in [-1, 1].
         lora_key: (component, module path) -> module name in a kohya file.
-        pipeline: Parts, scheduler -> a diffusers pipeline that draws with these very modules.
-        pipeline_inputs: (Conditioning, the negative one) -> what that pipeline's call takes in place of prompts.
     """
 
     name: str
@@ -112,8 +110,6 @@ class Family:
     encode_images: Callable[[Parts, Tensor], tuple[Tensor, Tensor | None]]
     decode_latents: Callable[[Parts, Tensor], Tensor]
     lora_key: Callable[[str, str], str]
-    pipeline: Callable[[Parts, Any], Any]
-    pipeline_inputs: Callable[[Conditioning, Conditioning], dict[str, Tensor]]
 
     @property
     def denoiser_width(self) -> int:

@@ -22,13 +22,14 @@ from sdlora.families.components import (
     VAE_FACTOR,
     Components,
     folder_resolution,
+    folder_width,
     identify_folder,
     load_folder,
 )
 from sdlora.families.family import Family, Parts
 from sdlora.families.pickles import readable
 from sdlora.families.replacements import replace_text_encoders, replace_vae
-from sdlora.families.single import file_resolution, identify_file, load_file
+from sdlora.families.single import file_resolution, file_width, identify_file, load_file
 from sdlora.families.table import FAMILIES
 from sdlora.weights import moved
 
@@ -137,6 +138,15 @@ def native_resolution(path: Path) -> int:
         ModelError: if its configuration is missing or damaged.
     """
     return file_resolution(path, identify(path)) if path.is_file() else folder_resolution(path)
+
+
+def native_width(path: Path) -> int:
+    """Returns the channels of the first block of a base's denoiser, 320 at full size; reads no weights.
+
+    Raises:
+        ModelError: if its configuration is missing or damaged.
+    """
+    return file_width(path) if path.is_file() else folder_width(path)
 
 
 def load_parts(

@@ -6,7 +6,6 @@ The embedded base `nano` is of this family: same blocks and module names, narrow
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 from transformers import CLIPTextModel
@@ -59,30 +58,6 @@ def text_key(prefix: str, path: str) -> str:
 def lora_key(component: str, path: str) -> str:
     """Names a module as kohya's files do: diffusers' path of the denoiser, every dot an underscore."""
     return "lora_unet_" + path.replace(".", "_") if component == "denoiser" else text_key("lora_te", path)
-
-
-def pipeline(parts: Parts, scheduler: Any) -> Any:
-    """Builds a diffusers pipeline around these very modules, adapters included."""
-    # Imported here, for it brings a third of diffusers along and training has no use for it.
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-
-    pipe = StableDiffusionPipeline(
-        vae=parts.vae,  # type: ignore[arg-type]
-        text_encoder=parts.text_encoders["text_encoder"],  # type: ignore[arg-type]
-        tokenizer=parts.tokenizers["text_encoder"],
-        unet=parts.denoiser,  # type: ignore[arg-type]
-        scheduler=scheduler,
-        safety_checker=None,  # type: ignore[arg-type]
-        feature_extractor=None,  # type: ignore[arg-type]
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def pipeline_inputs(positive: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
-    """Names conditioning as the pipeline's arguments."""
-    return {"prompt_embeds": positive["states"], "negative_prompt_embeds": negative["states"]}
 
 
 SD1 = Family(
@@ -146,6 +121,4 @@ SD1 = Family(
     encode_images=encode_images,
     decode_latents=decode_latents,
     lora_key=lora_key,
-    pipeline=pipeline,
-    pipeline_inputs=pipeline_inputs,
 )

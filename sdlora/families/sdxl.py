@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,35 +52,6 @@ def lora_key(component: str, path: str) -> str:
     if component == "denoiser":
         return "lora_unet_" + (original_unet(path) or path).replace(".", "_")
     return text_key({e.component: e.lora_prefix for e in SDXL.text_encoders}[component], path)
-
-
-def pipeline(parts: Parts, scheduler: Any) -> Any:
-    """Builds a diffusers pipeline around these very modules, adapters included."""
-    # Imported here for the reason given in `sd1.py`.
-    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
-
-    pipe = StableDiffusionXLPipeline(
-        vae=parts.vae,  # type: ignore[arg-type]
-        text_encoder=parts.text_encoders["text_encoder"],  # type: ignore[arg-type]
-        text_encoder_2=parts.text_encoders["text_encoder_2"],  # type: ignore[arg-type]
-        tokenizer=parts.tokenizers["text_encoder"],
-        tokenizer_2=parts.tokenizers["text_encoder_2"],
-        unet=parts.denoiser,  # type: ignore[arg-type]
-        scheduler=scheduler,
-        add_watermarker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def pipeline_inputs(positive: Conditioning, negative: Conditioning) -> dict[str, Tensor]:
-    """Names conditioning as the pipeline's arguments."""
-    return {
-        "prompt_embeds": positive["states"],
-        "negative_prompt_embeds": negative["states"],
-        "pooled_prompt_embeds": positive["pooled"],
-        "negative_pooled_prompt_embeds": negative["pooled"],
-    }
 
 
 SDXL = replace(
@@ -137,6 +107,4 @@ SDXL = replace(
     condition_sizes=condition_sizes,
     denoise=denoise,
     lora_key=lora_key,
-    pipeline=pipeline,
-    pipeline_inputs=pipeline_inputs,
 )

@@ -50,6 +50,15 @@ def file_resolution(path: Path, family: Family) -> int:
     return read_facts(container, denoiser(container), family).resolution
 
 
+def file_width(path: Path) -> int:
+    """Returns the channels of the first block of a single file's denoiser; reads no weights.
+
+    Raises:
+        ModelError: if the file is damaged.
+    """
+    return denoiser(open_container(path, "base model", ModelError)).side("conv_in.weight", 0)
+
+
 def load_file(
     path: Path,
     family: Family,

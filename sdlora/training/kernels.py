@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import platform
 from typing import Any
 
 import torch
 from torch import nn
 
-from sdlora.attention.choose import CPU_KERNELS, Fastest, sdpa
+from sdlora.attention.choose import Fastest, candidates, sdpa
 from sdlora.attention.processor import Processor, plain
+from sdlora.data.cache import Cache
 from sdlora.frozen import freeze_layers
 from sdlora.frozen.packed import PackedConv2d, PackedLinear
 
@@ -76,18 +78,43 @@ def _weights(model: nn.Module) -> list[torch.Tensor]:
     return [m.weight for m in model.modules() if type(m) in (nn.Linear, nn.Conv2d)]  # type: ignore[misc]
 
 
-def install_attention(denoiser: Any, dtype: torch.dtype) -> Fastest | None:
+def install_attention(
+    denoiser: Any, dtype: torch.dtype, cache: Cache | None = None, *, choose: bool = True
+) -> Fastest | None:
     """Gives every plain attention layer of a denoiser the quickest kernel.
 
+    Kernels round differently. So what was measured once is kept, and the next run on this machine, with the same torch
+    and as many threads, computes the same.
+
+    Args:
+        denoiser: on its device.
+        dtype: number format of the products.
+        cache: where choices are kept; `None`: nowhere.
+        choose: whether to choose at all, or to take torch's own.
+
     Returns:
-        What chooses, where there is a choice: half precision on a CPU.
+        What chooses, where there is a choice: in half precision on a CPU or CUDA.
     """
-    choice = None
-    on_cpu = next(denoiser.parameters()).device.type == "cpu"
-    if on_cpu and dtype == torch.bfloat16:
-        choice = Fastest(CPU_KERNELS)
+    device = next(denoiser.parameters()).device
+    found = candidates(device, dtype) if choose else None
+    choice = Fastest(found) if found else None
+    if choice and cache:
+        _keep_choices(choice, cache, Cache.key("attention", sorted(choice.candidates), str(dtype), *_machine(device)))
     processor = Processor(choice or sdpa)
     for module in denoiser.modules():
         if hasattr(module, "set_processor") and hasattr(module, "to_q") and plain(module):
             module.processor = processor
     return choice
+
+
+def _keep_choices(choice: Fastest, cache: Cache, key: str) -> None:
+    choice.restore(cache.facts(key) or {})
+    choice.told = lambda: cache.keep_facts(key, choice.choices())
+
+
+def _machine(device: torch.device) -> tuple[str, ...]:
+    """Returns what the time of a kernel depends on."""
+    if device.type == "cuda":
+        return torch.__version__, torch.cuda.get_device_name(device)
+    processor = torch.backends.cpu.get_cpu_capability(), platform.machine(), platform.node()
+    return torch.__version__, *processor, str(torch.get_num_threads())

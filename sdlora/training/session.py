@@ -15,6 +15,7 @@ from sdlora.config import Config
 from sdlora.data.dataset import Dataset
 from sdlora.errors import TrainingError
 from sdlora.families import Parts
+from sdlora.training.accumulate import Piece
 from sdlora.training.board import Board
 from sdlora.training.checkpoint import Checkpoint, restore_checkpoint, save_checkpoint
 from sdlora.training.engine import Engine
@@ -24,6 +25,7 @@ from sdlora.training.memory import Ladder
 from sdlora.training.plan import Plan
 from sdlora.training.previews import Previews
 from sdlora.training.savings import Rung
+from sdlora.training.step import Microbatch
 from sdlora.training.texts import Texts
 from sdlora.training.world import World
 
@@ -85,6 +87,13 @@ class Session:
     def micro_batch(self) -> int:
         """Pictures computed at once."""
         return self.ladder.rung.micro_batch
+
+    def microbatch(self, step: int, piece: Piece) -> Microbatch:
+        """Returns what the engine is told of some pictures of a step."""
+        batch = self.dataset.load(piece.samples)
+        texts = self.texts(batch.examples, step, piece.positions)
+        sizes = self.parts.family.condition_sizes(batch.sizes)
+        return Microbatch(batch.mean, batch.std, texts | sizes, step, piece.positions)
 
     def facts(self) -> dict[str, str]:
         """Returns what all processes must have in common before the first step."""

@@ -15,11 +15,12 @@ from sdlora.data.dataset import Dataset, bucket_counts, prepare
 from sdlora.data.folder import MAX_REASONS, scan
 from sdlora.diffusion.noise import generator
 from sdlora.errors import ConfigError
-from sdlora.families import Base, Parts, identify, load_parts, native_resolution, resolve_base
+from sdlora.families import Base, Parts, identify, load_parts, native_resolution, native_width, resolve_base
 from sdlora.families.chunks import CHUNK
+from sdlora.training.accumulate import cut
 from sdlora.training.board import Board, require_tensorboard
 from sdlora.training.checkpoint import Checkpoint, latest_checkpoint
-from sdlora.training.cuda import prepare_cuda
+from sdlora.training.cuda import choose_memory_format, prepare_cuda, store_convolutions
 from sdlora.training.device import choose_threads
 from sdlora.training.engine import Engine
 from sdlora.training.export import Exporter
@@ -66,10 +67,10 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: 
     run = resume or world.first(lambda: choose_folder(config))
     device = choose_device(world.device)
     prepare_cuda()
-    precision = choose_precision(config.train.precision, device)
-    attention, attention_reason = choose_attention(config.train.attention, device, precision.dtype)
     with world.first_then_others():
         base = _find_base(config, cache, reporter)
+    precision = choose_precision(config.train.precision, device, native_width(base.path))
+    attention, attention_reason = choose_attention(config.train.attention, device, precision.dtype)
     resolution = config.data.resolution or native_resolution(base.path)
     num_pictures, counts = bucket_counts(pictures.examples, config.data, resolution)
     plan = make_plan(config, num_pictures, counts.values(), world.size)
@@ -84,13 +85,15 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: 
     choose_threads(parts, config.train.threads)
     with torch.no_grad():
         parts.family.encode_prompts(parts, [""], config.base.clip_skip)  # fails now if the encoder has fewer layers
-    reporter.say(f"Precision: {precision.word} ({precision.reason}). Attention: {attention} ({attention_reason}).")
     denoiser: Any = parts.denoiser
     kernels = None
     if attention == "xformers":
         denoiser.enable_xformers_memory_efficient_attention()
     else:
-        kernels = install_attention(denoiser, precision.dtype)
+        kernels = install_attention(denoiser, precision.dtype, cache, choose=config.train.attention == "auto")
+    if kernels:
+        attention_reason = f"for each size what is quickest here of {', '.join(kernels.candidates)}"
+    reporter.say(f"Precision: {precision.word} ({precision.reason}). Attention: {attention} ({attention_reason}).")
     reporter.begin("caching latents", len(pictures.examples))
     dataset = prepare(
         parts,
@@ -165,6 +168,7 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: 
         session.resume(checkpoint)
         reporter.say(f"Resumed at step {session.start} of {plan.total_steps}")
     if device.type == "cuda":
+        _choose_layout(session, reporter)
         obstacles = ["the base waits in main memory"] if ladder.rung.offload else []
         recorded, why = record_steps(session.engine, config, reporter.warn, obstacles)
         reporter.say(f"CUDA graphs {'on' if recorded else 'off'}: {why}.")
@@ -177,6 +181,25 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: 
         session.board = Board(run.root / "tensorboard")
     reporter.say(f"Run folder: {run.root}")
     return session
+
+
+def _choose_layout(session: Session, reporter: Reporter, **how: Any) -> None:
+    """Tries on the first batch whether the denoiser is quicker channels-last; `how` as `choose_memory_format` takes."""
+    rung, plan = session.ladder.rung, session.plan
+    if rung.offload or rung.base_dtype != "auto":
+        return  # such weights lie in ways of their own
+    batches = session.dataset.batches(0, plan.batch_size)[:1]
+    slot = cut(batches, share=plan.share, rank=session.world.rank, micro_batch=rung.micro_batch)[0]
+    for component in session.parts.components.values():
+        component.train()
+    for piece in slot:
+        session.engine.begin()
+        try:
+            better, why = choose_memory_format(session.engine, session.microbatch(0, piece), **how)
+        except torch.OutOfMemoryError:  # then memory is dearer than time, and the first step will see to it
+            store_convolutions(session.parts.denoiser, torch.contiguous_format)
+            return
+        reporter.say(f"Convolutions {'channels-last' if better else 'as they were'}: {why}.")
 
 
 def attach_adapters(parts: Parts, config: Config) -> Adapters:

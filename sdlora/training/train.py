@@ -24,7 +24,6 @@ from sdlora.training.previews import Previews
 from sdlora.training.progress import Reporter
 from sdlora.training.session import Session
 from sdlora.training.setup import set_up
-from sdlora.training.step import Microbatch
 from sdlora.training.world import World
 
 MAX_BAD_STEPS = 3
@@ -173,10 +172,7 @@ def step_gradients(session: Session, step: int, stop: bool) -> tuple[Tensor, Ten
 def _compute(session: Session, step: int, piece: Piece, part: float) -> Tensor:
     """Adds the gradients of some pictures to those of the step; returns their part of its loss, on the device."""
     torch.manual_seed(generator(session.config.train.seed, "dropout", step, piece.positions[0]).initial_seed())
-    batch = session.dataset.load(piece.samples)
-    texts = session.texts(batch.examples, step, piece.positions)
-    sizes = session.parts.family.condition_sizes(batch.sizes)
-    return session.engine.add(Microbatch(batch.mean, batch.std, texts | sizes, step, piece.positions), part)
+    return session.engine.add(session.microbatch(step, piece), part)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from diffusers import UNet2DConditionModel
 
 from sdlora.attention import products
 from sdlora.attention.choose import CPU_KERNELS, Fastest
+from sdlora.data.cache import Cache
 from sdlora.training.kernels import install_attention
 
 SHAPES = [(1, 2, 64, 64, 40), (2, 3, 50, 77, 24), (1, 2, 33, 5, 80), (2, 1, 7, 1, 160)]
@@ -120,3 +121,32 @@ def test_the_processor_agrees_with_diffusers(linear):
     kinds = {type(p).__name__ for p in denoiser.attn_processors.values()}
     assert kinds == {"Processor"}
     torch.testing.assert_close(run(), before)
+
+
+def test_what_was_chosen_once_is_chosen_again_by_the_next_run_on_this_machine(tmp_path, monkeypatch):
+    def unet():
+        return UNet2DConditionModel(
+            block_out_channels=(32,),
+            down_block_types=("CrossAttnDownBlock2D",),
+            up_block_types=("CrossAttnUpBlock2D",),
+            cross_attention_dim=16,
+            attention_head_dim=4,
+            layers_per_block=1,
+        ).to(torch.bfloat16)
+
+    first = install_attention(unet(), torch.bfloat16, Cache(tmp_path))
+    qkv = [torch.randn(1, 2, 8, 4, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    monkeypatch.setattr(Fastest, "_measure", lambda self, *x: "products")
+    first(*qkv)
+    assert first.choices() == {"8 8 2 4": "products"}
+    monkeypatch.setattr(Fastest, "_measure", lambda self, *x: "sdpa")
+    second = install_attention(unet(), torch.bfloat16, Cache(tmp_path))
+    second(*qkv)
+    assert second.choices() == first.choices()
+    torch.set_num_threads(torch.get_num_threads() + 1)  # with which other kernels may be quicker
+    try:
+        third = install_attention(unet(), torch.bfloat16, Cache(tmp_path))
+    finally:
+        torch.set_num_threads(torch.get_num_threads() - 1)
+    assert third.choices() == {}
+    assert install_attention(unet(), torch.bfloat16, Cache(tmp_path), choose=False) is None

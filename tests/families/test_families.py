@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from pipelines import their_pipeline
 
 from sdlora.diffusion.schedule import Schedule
 from sdlora.errors import ModelError
@@ -24,13 +25,13 @@ def parts(folder):
     return load_parts(Base("tiny", folder, "test"))
 
 
-def pipeline(parts):
-    return parts.family.pipeline(parts, make_scheduler("DDIM", parts.scheduler_config))
+def theirs_of(parts):
+    return their_pipeline(parts, make_scheduler("DDIM", parts.scheduler_config))
 
 
 def test_prompts_are_encoded_as_the_pipeline_does(parts):
     ours = parts.family.encode_prompts(parts, ["a castle on a hill", "a cat"])
-    theirs = pipeline(parts).encode_prompt(
+    theirs = theirs_of(parts).encode_prompt(
         ["a castle on a hill", "a cat"], device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
     )
     torch.testing.assert_close(ours["states"], theirs[0], rtol=0, atol=1e-6)
@@ -43,7 +44,7 @@ def test_a_picture_is_the_pipelines(parts):
     prompt = Prompt("a castle", "blurry", 64, 64, 7, 4.0, 3, "DDIM")
     [ours] = draw(parts, [prompt])
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
-    [theirs] = pipeline(parts)(
+    [theirs] = theirs_of(parts)(
         "a castle",
         negative_prompt="blurry",
         latents=noise,
@@ -59,7 +60,7 @@ def test_sizes_reach_the_denoiser_in_the_pipelines_order(tiny_sdxl):
     parts = load_parts(Base("tiny", tiny_sdxl, "test"))
     size = PictureSize((600, 800), (0, 12), (64, 96))
     sizes = parts.family.condition_sizes([size])
-    theirs = pipeline(parts)._get_add_time_ids(
+    theirs = theirs_of(parts)._get_add_time_ids(
         (600, 800), (0, 12), (64, 96), torch.float32, parts.text_encoders["text_encoder_2"].config.projection_dim
     )
     torch.testing.assert_close(sizes["sizes"], theirs)

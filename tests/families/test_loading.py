@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdlora.errors import ModelError
-from sdlora.families import Base, identify, load_parts, native_resolution, resolve_base
+from sdlora.families import Base, identify, load_parts, native_resolution, native_width, resolve_base
 from sdlora.families.loading import NANO
 
 
@@ -150,3 +150,7 @@ def test_a_hub_id_without_network_says_what_to_do(monkeypatch):
 
 def test_nano_is_the_size_that_it_is_said_to_be():
     assert sum(f.stat().st_size for f in NANO.rglob("*") if f.is_file()) <= 32e6
+
+
+def test_the_width_is_read_without_weights(tiny_base, tmp_path):
+    assert native_width(tiny_base) == load_parts(Base("tiny", tiny_base, "test")).denoiser.config.block_out_channels[0]

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from pipelines import their_pipeline
 
 from sdlora.adapters import Lora, find_layers, inject
 
 
 def test_prompts_are_encoded_as_the_pipeline_does(tiny_parts):
     parts = tiny_parts
-    pipe = parts.family.pipeline(parts, DDIMScheduler(steps_offset=1, clip_sample=False))
+    pipe = their_pipeline(parts, DDIMScheduler(steps_offset=1, clip_sample=False))
     with torch.no_grad():
         theirs, _ = pipe.encode_prompt("a castle on a hill", "cpu", 1, False)
         torch.testing.assert_close(parts.family.encode_prompts(parts, ["a castle on a hill"], 1)["states"], theirs)

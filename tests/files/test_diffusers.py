@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from peft.tuners.lora import LoraLayer
+from pipelines import their_pipeline
 
 from sdlora.files.attach import attach
 from sdlora.files.kohya import read_lora, write_lora
@@ -30,7 +31,7 @@ def test_diffusers_computes_what_we_do(tmp_path, tiny_parts, fresh, adapt, compl
     write_lora(path, adapters, tiny_parts.family, {"ss_network_dim": "3"}, torch.float32)
 
     theirs, bare = fresh(), outputs(fresh())
-    pipe = theirs.family.pipeline(theirs, DDIMScheduler(steps_offset=1, clip_sample=False))
+    pipe = their_pipeline(theirs, DDIMScheduler(steps_offset=1, clip_sample=False))
     pipe.load_lora_weights(path, adapter_name="style")
     loaded = [m for model in (pipe.unet, pipe.text_encoder) for m in model.modules() if isinstance(m, LoraLayer)]
     assert len(loaded) == count

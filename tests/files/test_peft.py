@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from pipelines import their_pipeline
 
 from sdlora.adapters import Lora, find_layers, inject
 from sdlora.diffusion.noise import generator
@@ -77,7 +78,7 @@ def test_diffusers_loads_our_file_and_computes_what_we_do(tmp_path, base, compla
     target = tmp_path if as_folder else tmp_path / "style.safetensors"
     file = write_diffusers(target, modules, parts.family.name, {"ss_a": "b"}, torch.float32)
     assert file.name == ("pytorch_lora_weights.safetensors" if as_folder else "style.safetensors")
-    pipe = theirs.family.pipeline(theirs, DDIMScheduler(steps_offset=1, clip_sample=False))
+    pipe = their_pipeline(theirs, DDIMScheduler(steps_offset=1, clip_sample=False))
     pipe.load_lora_weights(target)
     assert sum(map(loaded, theirs.components.values())) == len(modules)
     assert complaints == []
@@ -122,7 +123,7 @@ def trained(base) -> tuple[Parts, dict[str, PeftModel]]:
 @pytest.mark.filterwarnings(PEFTS_WARNING)
 def test_what_diffusers_saves_we_read_and_compute_what_it_does(tmp_path, base, trained):
     theirs, models = trained
-    pipe = theirs.family.pipeline(theirs, DDIMScheduler(steps_offset=1, clip_sample=False))
+    pipe = their_pipeline(theirs, DDIMScheduler(steps_offset=1, clip_sample=False))
     layers = {}
     for component, model in models.items():
         state = {k.removeprefix("base_model.model."): v for k, v in get_peft_model_state_dict(model).items()}

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pipelines import their_pipeline
 
 from sdlora.errors import ConfigError, ModelError
 from sdlora.sampling import pipeline
@@ -112,7 +113,7 @@ def test_without_guidance_the_denoiser_sees_each_picture_once(tiny_parts, latent
     prompt = replace(CAT, sampler="DDIM", cfg=1.0, steps=3)
     draw(tiny_parts, [prompt, replace(prompt, seed=2)])
     assert seen == [2, 2, 2]
-    pipe = tiny_parts.family.pipeline(tiny_parts, make_scheduler("DDIM", tiny_parts.scheduler_config))
+    pipe = their_pipeline(tiny_parts, make_scheduler("DDIM", tiny_parts.scheduler_config))
     generator = torch.Generator().manual_seed(1)
     size = {"width": 64, "height": 64, "num_inference_steps": 3, "output_type": "latent"}
     theirs = pipe("a cat", guidance_scale=1.0, generator=generator, **size).images[0]
@@ -127,7 +128,7 @@ def test_seed_text_and_negative_each_matter(tiny_parts, latents):
 def test_it_agrees_with_diffusers_own_pipeline(tiny_parts, latents):
     """Texts, guidance, noise and steps are those of StableDiffusionPipeline called by itself."""
     draw(tiny_parts, [replace(CAT, sampler="DDIM", steps=3)])
-    pipe = tiny_parts.family.pipeline(tiny_parts, make_scheduler("DDIM", tiny_parts.scheduler_config))
+    pipe = their_pipeline(tiny_parts, make_scheduler("DDIM", tiny_parts.scheduler_config))
     assert type(pipe).__name__ == "StableDiffusionPipeline"
     theirs = pipe(
         "a cat",
@@ -148,7 +149,7 @@ def test_clip_skip_is_the_familys(tiny_parts, latents):
     for skip in (1, 2):
         draw(tiny_parts, [prompt], clip_skip=skip)
         states = tiny_parts.family.encode_prompts(tiny_parts, ["a cat", "a dog"], skip)["states"]
-        theirs = tiny_parts.family.pipeline(tiny_parts, make_scheduler("DDIM", tiny_parts.scheduler_config))(
+        theirs = their_pipeline(tiny_parts, make_scheduler("DDIM", tiny_parts.scheduler_config))(
             prompt_embeds=states[:1],
             negative_prompt_embeds=states[1:],
             width=64,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from peft.tuners.lora import LoraLayer
+from pipelines import their_pipeline
 from safetensors import safe_open
 
 from sdlora.config_io import load_config
@@ -95,7 +96,7 @@ def test_three_steps_from_every_form_load_whole_in_diffusers(sources, style_dir,
         return load_parts(resolve_base(config.base.model), config.base)
 
     theirs = fresh()
-    pipe = theirs.family.pipeline(theirs, DDIMScheduler(steps_offset=1, clip_sample=False))
+    pipe = their_pipeline(theirs, DDIMScheduler(steps_offset=1, clip_sample=False))
     pipe.load_lora_weights(result.lora, adapter_name="style")
     loaded = [m for model in theirs.components.values() for m in model.modules() if isinstance(m, LoraLayer)]
     assert len(loaded) == result.certificate.num_modules

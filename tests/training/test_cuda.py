@@ -5,7 +5,11 @@ import torch
 from torch import nn
 
 from sdlora.attention.choose import CPU_KERNELS, candidates
+from sdlora.config_io import load_config
+from sdlora.diffusion.counter import Philox
 from sdlora.training import cuda
+from sdlora.training.progress import Reporter
+from sdlora.training.setup import _choose_layout, set_up
 
 
 @pytest.mark.parametrize(
@@ -97,3 +101,31 @@ def test_the_quicker_memory_format_is_kept(engine, fails, ratio, better):
     assert engine.parts.denoiser.factor.is_contiguous() and engine.zeroed == 1
     assert recorder.resets == (0 if fails else 2)
     assert all(torch.equal(a, m.weight) for a, m in zip(values, engine.parts.denoiser, strict=True))
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_run_tries_both_memory_formats_on_its_first_batch(tiny_base, style_dir, tmp_path, gone):
+    flags = {
+        "base.model": str(tiny_base),
+        "data.images": style_dir,
+        "output.output": tmp_path / "run",
+        "train.pack_weights": "off",
+    }
+    said = []
+    reporter = Reporter()
+    reporter.say = said.append
+    session = set_up(load_config(None, flags), None, reporter)
+    session.engine.source = Philox.of(0, "sample", "cpu")  # as on CUDA
+
+    def clock(compute):
+        if gone:
+            raise torch.OutOfMemoryError("fake")
+        compute()
+        return next(times)
+
+    times = iter([9.0] * cuda.PASSES + [5.0] * cuda.PASSES)
+    _choose_layout(session, reporter, recorder=Pretended(fails=True), clock=clock)
+    kernel = next(m for m in session.parts.denoiser.modules() if type(m) is nn.Conv2d and m.kernel_size == (3, 3))
+    assert kernel.weight.is_contiguous(memory_format=torch.channels_last) != gone
+    assert ("Convolutions channels-last" in said[-1]) != gone
+    assert gone or not session.engine.flat.gradients.any()
