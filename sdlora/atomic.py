@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sdlora.errors import TrainingError
+from sdlora.errors import DiskFullError, TrainingError
+from sdlora.faults import place
+
+BEGUN = ".sdlora-"
+"""How the names of files begin that are not complete yet."""
 
 
 @contextmanager
@@ -25,19 +30,34 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f"{BEGUN}{path.stem[:40]}-", suffix=path.suffix, dir=path.parent)
         os.close(handle)
         temporary = Path(name)
+        place(f"{_plain(path.name)} begun")
         yield temporary
-        _flush(temporary)
+        place(f"{_plain(path.name)} written")
+        flush(temporary)
         temporary.chmod(0o666 & ~_UMASK)
+        place(f"{_plain(path.name)} flushed")
         os.replace(temporary, path)
-        _flush(path.parent)
+        place(f"{_plain(path.name)} in place")
+        flush(path.parent)
     except OSError as error:
-        raise TrainingError(explain(path, error)) from error
+        raise explained(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _plain(name: str) -> str:
+    """Returns the name that a file will have in the end; what is begun may itself be written in this way."""
+    return re.sub(rf"^{re.escape(BEGUN)}(.+)-\w{{8}}(\.\w+)?$", r"\1\2", name)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a process that was killed had begun to write; nobody may be writing there."""
+    for path in folder.rglob(f"{BEGUN}*"):
+        path.unlink(missing_ok=True)
 
 
 def free_space(path: Path) -> tuple[Path, int]:
@@ -66,7 +86,8 @@ def _current_umask() -> int:
 _UMASK = _current_umask()  # mkstemp makes files private; ours get the usual permissions
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Waits until a file, or what a folder lists, is on the disk."""
     if path.is_dir() and os.name == "nt":
         return  # folders cannot be opened there
     descriptor = os.open(path, os.O_RDONLY)
@@ -81,3 +102,9 @@ def explain(path: Path, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left on the disk for {path}; free some and run again, nothing written before was lost"
     return f"cannot write {path}: {error.strerror or error}"
+
+
+def explained(path: Path, error: OSError) -> TrainingError:
+    """Returns the error to raise for a file that could not be written."""
+    kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else TrainingError
+    return kind(explain(path, error))

@@ -196,12 +196,17 @@ class TrainSection(Section):
         "nothing else is enough",
     )
     attention: Literal["auto", "sdpa", "xformers"] = setting(
-        "auto", "attention implementation; auto: torch's own (SDPA)"
+        "auto", "attention implementation; sdpa: torch's own; auto: for each size the kernel that is quickest here"
     )
     cuda_graph: Literal["auto", "on", "off"] = setting(
         "auto",
         "on CUDA, record a step's kernels once for each kind of batch and start them together; auto: where that is "
         "possible and a recorded step computes the same",
+    )
+    deterministic: bool = setting(
+        False,
+        "on CUDA, take only kernels that sum in a fixed order, so that a run repeats, and a resumed one equals an "
+        "uninterrupted one, bit for bit; slower. On a CPU that is always so",
     )
     pack_weights: Literal["auto", "on", "off"] = setting(
         "auto",

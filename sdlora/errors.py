@@ -23,3 +23,7 @@ class LoraFileError(SdloraError):
 
 class TrainingError(SdloraError):
     """Training cannot go on: the loss is not finite, the disk is full, or a run cannot be resumed."""
+
+
+class DiskFullError(TrainingError):
+    """A file could not be written because the disk, or what the user may have of it, is full."""

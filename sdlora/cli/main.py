@@ -19,6 +19,7 @@ COMMANDS = {
     "lora": "Check, convert, merge, resize, extract and install LoRA files.",
     "defaults": "Print every setting with its default, as a TOML file to start from.",
     "doctor": "Show versions and devices, and try out what this machine can do.",
+    "report": "Pack the environment, and a run's settings and log, into a zip to show to somebody.",
 }
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sdlora.atomic import explain
 from sdlora.container_header import DTYPES
 from sdlora.errors import ConfigError
+from sdlora.faults import place
 from sdlora.file_identity import identity, is_settled
 from sdlora.weights import Origin, origin
 
@@ -82,7 +83,9 @@ class Cache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(content)
+            place("cache written")
             os.replace(temporary, path)
+            place("cache in place")
         except OSError as error:
             self.problem = f"latents and text states are not kept for the next run: {explain(path, error)}"
             with suppress(OSError):

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdlora.atomic import explain, replacing
+from sdlora.atomic import explained, replacing
 from sdlora.container import Container, open_container, write_stream
-from sdlora.errors import ModelError, TrainingError
+from sdlora.errors import ModelError
 from sdlora.families import Family
 from sdlora.families.folders import read_json
 from sdlora.families.layout import AVERAGE
@@ -172,4 +172,4 @@ def _new_folder(out: Path) -> Iterator[Path]:
                 out.rmdir()  # empty, and Windows replaces no folder
             os.replace(folder, out)
     except OSError as error:
-        raise TrainingError(explain(out, error)) from error
+        raise explained(out, error) from error

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdlora.adapters import Lora
-from sdlora.atomic import replacing, write_text
+from sdlora.atomic import explained, flush, replacing, write_text
 from sdlora.errors import TrainingError
+from sdlora.faults import place
 
 _FILES = ("adapters.safetensors", "optimizer.safetensors")
 
@@ -49,7 +50,7 @@ def save_checkpoint(
     facts: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Writes `folder/step-NNNNNNNN` and removes the oldest beyond `keep`.
+    """Writes `folder/step-NNNNNNNN` and removes the oldest beyond `keep`; one that is there already is left as it is.
 
     Args:
         folder: the run's checkpoint folder.
@@ -60,24 +61,74 @@ def save_checkpoint(
         keep: how many checkpoints remain, this one included, at least 1.
 
     Raises:
-        TrainingError: if it cannot be written; earlier checkpoints are then untouched.
+        TrainingError: if it cannot be written, or values are not finite; earlier checkpoints are then untouched.
     """
+    contents = (_adapter_tensors(adapters), _optimizer_tensors(optimizer))
+    for tensors in contents:
+        _require_finite(tensors, step)
     final = folder / f"step-{step:08d}"
     temporary = folder / f".{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
-    for name, tensors in zip(_FILES, (_adapter_tensors(adapters), _optimizer_tensors(optimizer)), strict=True):
+    for name, tensors in zip(_FILES, contents, strict=True):
         with replacing(temporary / name) as path:
             save_file(tensors, path)
     files = {name: {"size": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)} for name in _FILES}
-    write_text(temporary / "state.json", json.dumps({"step": step, "files": files, **facts}, indent=1))
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
+    state = json.dumps({"step": step, "files": files, **facts}, indent=1)
+    if _whole(final) == json.loads(state):
+        shutil.rmtree(temporary, ignore_errors=True)
+        return final
+    write_text(temporary / "state.json", state)
+    try:
+        place("checkpoint written")
+        shutil.rmtree(final, ignore_errors=True)  # damaged, or of a run whose course was changed
+        os.replace(temporary, final)
+        place("checkpoint in place")
+        flush(folder)
+    except OSError as error:
+        raise explained(final, error) from error
     # What lies beyond this step was found damaged when the run was resumed; it must not push out what is good.
     older = [path for path in sorted(folder.glob("step-*")) if path.name < final.name]
     newer = [path for path in folder.glob("step-*") if path.name > final.name]
     for path in [*older[: max(0, len(older) - keep + 1)], *newer]:
         shutil.rmtree(path, ignore_errors=True)
+        place("checkpoint removed")
     return final
+
+
+def prune(folder: Path) -> bool:
+    """Removes all checkpoints but the newest whole one, and what was begun; returns whether that made room."""
+    newest = next((path for path in sorted(folder.glob("step-*"), reverse=True) if _whole(path)), None)
+    begun = folder.glob(".step-*")
+    useless = [path for path in (*folder.glob("step-*"), *begun) if path != newest] if newest else list(begun)
+    for path in useless:
+        shutil.rmtree(path, ignore_errors=True)
+    return bool(useless)
+
+
+def _whole(folder: Path) -> dict[str, Any] | None:
+    """Returns what a checkpoint's `state.json` says if all files are as it says, else `None`."""
+    try:
+        return _verified(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    for name, expected in state["files"].items():
+        if _sha256(folder / name) != expected["sha256"]:
+            raise ValueError(f"{name} is damaged")
+    return state
+
+
+def _require_finite(tensors: Mapping[str, Tensor], step: int) -> None:
+    # One number for all of them, so that a GPU is asked once.
+    odd = sum((~torch.isfinite(x)).sum() for x in tensors.values() if x.is_floating_point())
+    if int(odd):
+        raise TrainingError(
+            f"{int(odd)} values are infinite or not a number after step {step}, so no checkpoint of it is written; "
+            "go on from the one before with --resume and a lower learning rate, or --precision fp32 in a new run"
+        )
 
 
 def latest_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
@@ -89,10 +140,7 @@ def latest_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
     skipped: list[str] = []
     for candidate in sorted(folder.glob("step-*"), reverse=True):
         try:
-            state = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
-            for name, expected in state["files"].items():
-                if _sha256(candidate / name) != expected["sha256"]:
-                    raise ValueError(f"{name} is damaged")
+            state = _verified(candidate)
             return Checkpoint(candidate, int(state["step"]), state), skipped
         except (OSError, ValueError, KeyError, TypeError) as error:
             skipped.append(f"skipped the damaged checkpoint {candidate}: {error}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -18,7 +19,7 @@ GAIN = 0.98
 """Share of the time that another memory format must not exceed to be taken."""
 
 
-def prepare_cuda() -> None:
+def prepare_cuda(deterministic: bool = False) -> None:
     """Sets torch's switches for training on CUDA; does nothing where there is none.
 
     - fp32 matrix products in full, without TF32: in a run in half precision those that are left are the products that
@@ -27,7 +28,11 @@ def prepare_cuda() -> None:
       once for each picture: TF32 keeps 10 bits of mantissa, three more than the bf16 that the denoiser sees them in.
     - Sums inside half-precision products in fp32: a LoRA's gradients sum up thousands of tokens for few outputs, just
       the products that are split, and partial sums in bf16 would cost them bits. fp16 could also overflow.
-    - cuDNN tries its algorithms for each shape: buckets give few shapes, which come again and again.
+    - cuDNN tries its algorithms for each shape: buckets give few shapes, which come again and again. Which one wins may
+      differ between runs, so not where these must be equal.
+
+    Args:
+        deterministic: whether sums are made in a fixed order everywhere, at the cost of time.
     """
     if not torch.cuda.is_available():
         return
@@ -35,7 +40,11 @@ def prepare_cuda() -> None:
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
 
 
 def choose_memory_format(

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdlora.atomic import explain, free_space, write_text
+from sdlora.atomic import explained, free_space, write_text
 from sdlora.config import Config
 from sdlora.config_io import load_config, to_toml
 from sdlora.errors import ConfigError, TrainingError
+from sdlora.faults import place
 
 MAY_CHANGE = {
     *("train.steps", "train.epochs", "train.stop_at", "train.threads", "train.precision"),
@@ -76,14 +77,20 @@ class RunFolder:
         """Appends a line to the metrics; JSON has no NaN, so what is not finite becomes null.
 
         Raises:
-            TrainingError: if the disk is full.
+            TrainingError: if it cannot be written, for example because the disk is full; no part of the line is left.
         """
         entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         try:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+            with self.metrics.open("ab", buffering=0) as file:
+                before = file.tell()
+                try:
+                    file.write(json.dumps(entry).encode() + b"\n")
+                    place("metrics written")
+                except OSError:
+                    file.truncate(before)
+                    raise
         except OSError as error:
-            raise TrainingError(explain(self.metrics, error)) from error
+            raise explained(self.metrics, error) from error
 
     def forget_after(self, step: int) -> None:
         """Drops the lines of steps beyond `step`, which a resumed run does again."""
@@ -198,7 +205,7 @@ def claim(run: RunFolder, config: Config, *, base: str, anew: bool) -> None:
     except FileExistsError:
         raise ConfigError(f"{run.root} was taken by another run in the meantime; give another --output") from None
     except OSError as error:
-        raise TrainingError(explain(run.config, error)) from error
+        raise explained(run.config, error) from error
     config = _with(config, "data", images=config.data.images.resolve())
     if config.data.cache_dir:
         config = _with(config, "data", cache_dir=config.data.cache_dir.resolve())

@@ -27,7 +27,7 @@ from sdlora.config import Config
 from sdlora.data.captions import compose
 from sdlora.data.folder import Example
 from sdlora.diffusion.noise import generator
-from sdlora.errors import DatasetError, ModelError
+from sdlora.errors import DatasetError, DiskFullError, ModelError
 from sdlora.families import Parts
 from sdlora.files.certify import file_values
 from sdlora.files.kohya import LoraFile, read_lora
@@ -121,6 +121,7 @@ class Previews:
                 self._last = {name: decode(self.parts, latents, self.prompts, quick)}
                 base, quick = self._save("base", self._latents_without(reporter), None), None
             images = self._save(name, latents, quick, (lora,))
+            self._save_grid(self.grid_path(epoch), [base, images], ["base", f"LoRA, epoch {epoch}"])
         except _GivenUp:
             reporter.end()
             return []
@@ -128,8 +129,11 @@ class Previews:
             reporter.end()
             reporter.warn(f"no samples after epoch {epoch}: out of memory; prompts with smaller --w and --h need less")
             return []
+        except DiskFullError as error:  # pictures can be drawn again, from the LoRA file of the epoch
+            reporter.end()
+            reporter.warn(f"no samples after epoch {epoch}: {error}")
+            return []
         self.seconds = time.monotonic() - started
-        self._save_grid(self.grid_path(epoch), [base, images], ["base", f"LoRA, epoch {epoch}"])
         return images
 
     def grid_path(self, epoch: int) -> Path:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,6 +24,8 @@ from sdlora.training.folder import RunFolder
 from sdlora.training.memory import Ladder
 from sdlora.training.plan import Plan
 from sdlora.training.previews import Previews
+from sdlora.training.progress import Reporter
+from sdlora.training.room_on_disk import with_room
 from sdlora.training.savings import Rung
 from sdlora.training.step import Microbatch
 from sdlora.training.texts import Texts
@@ -31,6 +33,7 @@ from sdlora.training.world import World
 
 Adapters = dict[str, dict[str, Lora]]
 """Component -> module path -> adapter."""
+T = TypeVar("T")
 
 
 @dataclass
@@ -55,6 +58,9 @@ class Session:
         start: steps done in earlier sessions.
         world: the processes that train together.
         ladder: what memory is saved, and more if it runs out.
+        reporter: told when the disk is full.
+        slowdown: factor on all learning rates, below 1 after numbers were not finite.
+        until: tells whether the user wants to stop, and so not to wait for room on the disk.
     """
 
     config: Config
@@ -74,6 +80,9 @@ class Session:
     board: Board | None = None
     start: int = 0
     world: World = field(default_factory=World.single)
+    reporter: Reporter = field(default_factory=Reporter)
+    slowdown: float = 1.0
+    until: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
         """Lets recorded steps go when the ladder is climbed: they compute as on the rung before."""
@@ -106,10 +115,14 @@ class Session:
             "version of torch": torch.__version__,
         }
 
+    def write(self, write: Callable[[], T]) -> T:
+        """Writes something, and if the disk is full makes room or waits for it; see `with_room`."""
+        return with_room(write, self.run, self.reporter, self.until)
+
     def log(self, entry: Mapping[str, Any]) -> None:
         """Records the numbers of a step."""
         if self.world.is_first:
-            self.run.log(entry)
+            self.write(lambda: self.run.log(entry))
         if self.board:
             self.board.write(entry)
 
@@ -127,15 +140,12 @@ class Session:
             "batch_size": self.plan.batch_size,
             "memory": self.ladder.facts(),
             "scaler": self.engine.state(),
+            "slowdown": self.slowdown,
             "attention": self.kernels.choices() if self.kernels else {},
         }
-        save_checkpoint(
-            self.run.checkpoints,
-            step,
-            self.adapters,
-            self.engine.optimizer,
-            facts,
-            keep=self.config.output.keep_checkpoints,
+        keep = self.config.output.keep_checkpoints
+        self.write(
+            lambda: save_checkpoint(self.run.checkpoints, step, self.adapters, self.engine.optimizer, facts, keep=keep)
         )
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -163,6 +173,7 @@ class Session:
         self.exporter.session, self.exporter.started = facts["session"], facts["started"]
         restore_checkpoint(checkpoint, self.adapters, self.engine.optimizer)
         self.engine.restore(facts.get("scaler"))
+        self.slowdown = facts.get("slowdown", 1.0)
         if self.kernels:
             self.kernels.restore(facts.get("attention", {}))
         self.start = checkpoint.step

@@ -33,6 +33,7 @@ from sdlora.training.precision import choose_attention, choose_device, choose_pr
 from sdlora.training.previews import Previews, sample_prompts
 from sdlora.training.progress import Reporter
 from sdlora.training.room import leave_device, make_ladder
+from sdlora.training.room_on_disk import reserve
 from sdlora.training.session import Adapters, Session
 from sdlora.training.texts import Texts
 from sdlora.training.world import World
@@ -66,7 +67,7 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: 
         reporter.warn(f"{name}: {reason}")
     run = resume or world.first(lambda: choose_folder(config))
     device = choose_device(world.device)
-    prepare_cuda()
+    prepare_cuda(config.train.deterministic)
     with world.first_then_others():
         base = _find_base(config, cache, reporter)
     precision = choose_precision(config.train.precision, device, native_width(base.path))
@@ -90,7 +91,8 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: 
     if attention == "xformers":
         denoiser.enable_xformers_memory_efficient_attention()
     else:
-        kernels = install_attention(denoiser, precision.dtype, cache, choose=config.train.attention == "auto")
+        choose = config.train.attention == "auto" and (device.type == "cpu" or not config.train.deterministic)
+        kernels = install_attention(denoiser, precision.dtype, cache, choose=choose)
     if kernels:
         attention_reason = f"for each size what is quickest here of {', '.join(kernels.candidates)}"
     reporter.say(f"Precision: {precision.word} ({precision.reason}). Attention: {attention} ({attention_reason}).")
@@ -163,12 +165,14 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: 
         previews=previews,
         world=world,
         ladder=ladder,
+        reporter=reporter,
     )
     if checkpoint:
         session.resume(checkpoint)
         reporter.say(f"Resumed at step {session.start} of {plan.total_steps}")
     if device.type == "cuda":
-        _choose_layout(session, reporter)
+        if not config.train.deterministic:
+            _choose_layout(session, reporter)
         obstacles = ["the base waits in main memory"] if ladder.rung.offload else []
         recorded, why = record_steps(session.engine, config, reporter.warn, obstacles)
         reporter.say(f"CUDA graphs {'on' if recorded else 'off'}: {why}.")
@@ -177,6 +181,8 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: 
     world.require_same(session.facts())
     world.first(lambda: _require_space(run, plan, config, flat.values.numel()))
     world.first(lambda: claim(run, config, base=base.name, anew=resume is None))
+    if world.is_first:
+        reserve(run.root, flat.values.numel() * (4 if config.output.save_dtype == "fp32" else 2))
     if config.output.tensorboard and world.is_first:
         session.board = Board(run.root / "tensorboard")
     reporter.say(f"Run folder: {run.root}")

@@ -11,17 +11,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sdlora.atomic import sweep
 from sdlora.config import Config
 from sdlora.diffusion.noise import generator
 from sdlora.errors import TrainingError
 from sdlora.files.certify import Certificate
 from sdlora.training.accumulate import Piece, accumulate, cut
+from sdlora.training.checkpoint import latest_checkpoint
 from sdlora.training.folder import RunFolder
 from sdlora.training.interrupt import StopSignal
+from sdlora.training.lock import Heartbeat, Lock
 from sdlora.training.lr import learning_rate_factor
 from sdlora.training.meter import Meter
 from sdlora.training.previews import Previews
 from sdlora.training.progress import Reporter
+from sdlora.training.room_on_disk import give_up_reserve
 from sdlora.training.session import Session
 from sdlora.training.setup import set_up
 from sdlora.training.world import World
@@ -85,19 +89,27 @@ def train(
     world = world or World.single()
     reporter = reporter if reporter and world.is_first else Reporter()
     threads = torch.get_num_threads()
+    lock, heartbeat = Lock(), None
     try:
         world.share_cores(config.train.threads)
+        if resume:
+            world.first(lambda: lock.take(resume.root))
+            world.first(lambda: sweep(resume.root))
         session = set_up(config, resume, reporter, world)
         plan, run, previews = session.plan, session.run, session.previews
+        if not resume:
+            world.first(lambda: lock.take(run.root))
+        step, saved = session.start, session.start
+        if world.is_first:
+            heartbeat = Heartbeat(run.root, plan.total_steps)
         if previews:
             previews.without(reporter)
         stop = StopSignal()
         if previews:
             previews.stopped = lambda: stop.requested
-        meter = Meter(plan)
-        step, saved = session.start, session.start
-        watch = _Watch(session, meter, reporter, stop)
+        watch = _Watch(session, Meter(plan), reporter, stop)
         with stop.listening():
+            session.until = lambda: stop.requested
             reporter.begin("training", plan.total_steps, step)
             while step < plan.total_steps and step != config.train.stop_at and not watch.stopping:
                 # Gradients and update. The numbers are read one step later, so that a GPU never waits for Python.
@@ -105,33 +117,51 @@ def train(
                 loss, asked, names = session.ladder.run(partial(step_gradients, session, step, stop.requested))
                 norm = session.engine.update(loss)
                 step += 1
-                watch.note(_Numbers(step, rate, loss, norm, asked, names), previews, saved)
+                try:
+                    watch.note(_Numbers(step, rate, loss, norm, asked, names), previews)
+                    if step == plan.total_steps or plan.saves_after(step - 1) or plan.samples_after(step - 1):
+                        watch.catch_up(previews)
+                except _NotFinite as trouble:
+                    step = saved = _go_back(session, trouble, saved, reporter)
+                    watch = _Watch(session, Meter(plan), reporter, stop)
+                    reporter.begin("training", plan.total_steps, step)
+                    continue
+                if heartbeat:
+                    heartbeat.beat(step)
 
                 # Once in a while: LoRA file, checkpoint, samples. The last step's come below.
                 if step < plan.total_steps and (plan.saves_after(step - 1) or plan.samples_after(step - 1)):
-                    watch.catch_up(previews, saved)
                     reporter.end()
                     epoch = step // plan.steps_per_epoch
                     file = run.epoch_lora(epoch)
                     if world.is_first:
-                        session.exporter.export(file, step)
+                        session.write(lambda f=file, s=step: session.exporter.export(f, s))
                     if plan.saves_after(step - 1):
                         session.save(step)
                         saved = step
                     if previews and plan.samples_after(step - 1):
                         previews.with_lora(file, epoch, reporter)
                     reporter.begin("training", plan.total_steps, step)
-                    meter.skip_pause()
-            watch.catch_up(previews, saved)
+                    watch.meter.skip_pause()
+            watch.catch_up(previews)
             reporter.end()
-            return world.first(lambda: _finish(session, step, watch.stopping, started, reporter))
+            result = world.first(lambda: _finish(session, step, watch.stopping, started, reporter))
+        if heartbeat:
+            heartbeat.beat(step, "finished" if result.finished else "stopped")
+            heartbeat = None
+        return result
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"out of GPU memory with batches of {config.data.batch_size}, although all was saved that the settings "
             "allow; leave --micro-batch, --base-dtype and --offload to sdlora, or try a smaller --resolution"
         ) from error
+    except _NotFinite as trouble:
+        raise TrainingError(str(trouble)) from None
     finally:
         reporter.end()
+        if heartbeat:
+            heartbeat.beat(step, "failed")
+        lock.release()
         torch.set_num_threads(threads)
 
 
@@ -143,6 +173,7 @@ def set_learning_rates(session: Session, step: int) -> float:
         warmup_steps=session.plan.warmup_steps,
         schedule=session.config.optimizer.schedule,
     )
+    factor *= session.slowdown
     for group in session.engine.optimizer.param_groups:
         stopped = group["component"] != "denoiser" and step >= session.texts.stops
         group["lr"] = 0.0 if stopped else group["base_lr"] * factor
@@ -187,8 +218,16 @@ class _Numbers:
     names: list[str]
 
 
+class _NotFinite(Exception):
+    """Several steps in a row had a loss or gradient that is not finite; the message says which and what to do."""
+
+
 class _Watch:
-    """Reads a step's numbers once the next one is under way, shows them, and gives up after several bad ones."""
+    """Reads a step's numbers once the next one is under way, shows them, and gives up after several bad ones.
+
+    Attributes:
+        meter: of the numbers shown.
+    """
 
     def __init__(self, session: Session, meter: Meter, reporter: Reporter, stop: StopSignal) -> None:
         self.session, self.meter, self.reporter, self.stop = session, meter, reporter, stop
@@ -201,14 +240,19 @@ class _Watch:
         """Whether to stop. Several processes stop together, by what came with a step's sums."""
         return self.stop.requested if self.session.world.size == 1 else self._asked
 
-    def note(self, numbers: _Numbers, previews: Previews | None, saved: int) -> None:
-        self.catch_up(previews, saved)
+    def note(self, numbers: _Numbers, previews: Previews | None) -> None:
+        """Takes the numbers of a step, and reads those of the step before; on a CPU both."""
+        self.catch_up(previews)
         self._waiting = numbers
         if numbers.loss.device.type == "cpu":
-            self.catch_up(previews, saved)
+            self.catch_up(previews)
 
-    def catch_up(self, previews: Previews | None, saved: int) -> None:
-        """Reads what was not read yet."""
+    def catch_up(self, previews: Previews | None) -> None:
+        """Reads what was not read yet.
+
+        Raises:
+            _NotFinite: after several bad steps in a row.
+        """
         numbers, self._waiting = self._waiting, None
         if numbers is None:
             return
@@ -229,21 +273,40 @@ class _Watch:
         finite = math.isfinite(loss) and math.isfinite(norm)
         self._bad = 0 if finite else self._bad + 1
         if not finite:
-            _report_bad_step(self.session, step, self._bad, numbers.names, saved, self.reporter)
+            self._tell(step, ", ".join(numbers.names[:4]))
+
+    def _tell(self, step: int, names: str) -> None:
+        """Tells of a step that was skipped, and gives up after several in a row."""
+        session = self.session
+        scaled = session.engine.scale is not None  # then an overflow is usual, and lowers the scale
+        if not scaled:
+            self.reporter.warn(f"step {step} skipped: its loss or gradient is not finite (pictures: {names})")
+        if self._bad >= (10 * MAX_BAD_STEPS if scaled else MAX_BAD_STEPS):
+            rate = session.rates["denoiser"] * session.slowdown
+            raise _NotFinite(
+                f"loss or gradient not finite in {self._bad} steps in a row, last in step {step} ({names}); "
+                f"lower the learning rate (now {rate:.2g}), use --precision fp32, or look at these pictures.\n"
+                f"Everything up to the last checkpoint is kept in {session.run.root}"
+            )
 
 
-def _report_bad_step(session: Session, step: int, bad: int, names: list[str], saved: int, reporter: Reporter) -> None:
-    """Tells of a step that was skipped, and gives up after several in a row."""
-    scaled = session.engine.scale is not None  # then an overflow is usual, and lowers the scale
-    if not scaled:
-        reporter.warn(f"step {step} skipped: its loss or gradient is not finite (pictures: {', '.join(names[:4])})")
-    limit = 10 * MAX_BAD_STEPS if scaled else MAX_BAD_STEPS
-    if bad >= limit:
-        raise TrainingError(
-            f"loss or gradient not finite in {bad} steps in a row, last in step {step} ({', '.join(names[:4])}); "
-            f"lower the learning rate (now {session.rates['denoiser']:.2g}) or use --precision fp32.\n"
-            f"The state at step {saved} is kept in {session.run.root}"
-        )
+def _go_back(session: Session, trouble: _NotFinite, saved: int, reporter: Reporter) -> int:
+    """Takes up the last checkpoint with half the learning rate, once in a run; returns its step.
+
+    Raises:
+        TrainingError: if that was done already, or there is no checkpoint.
+    """
+    reporter.end()
+    if session.slowdown < 1 or not saved:
+        raise TrainingError(str(trouble)) from None
+    session.world.barrier()
+    checkpoint, _ = latest_checkpoint(session.run.checkpoints)
+    session.resume(checkpoint)
+    session.slowdown = 0.5
+    reporter.warn(
+        f"{trouble}\nGoing back to step {checkpoint.step} with half the learning rate; next time the run ends"
+    )
+    return checkpoint.step
 
 
 def _finish(session: Session, step: int, interrupted: bool, started: float, reporter: Reporter) -> Result:
@@ -254,14 +317,15 @@ def _finish(session: Session, step: int, interrupted: bool, started: float, repo
     if session.board:
         session.board.close()
     file = run.lora if finished else run.root / f"{run.name}-step{step:08d}.safetensors"
-    certificate = session.exporter.export(file, step)
+    give_up_reserve(run.root)
+    certificate = session.write(lambda: session.exporter.export(file, step))
     preview, samples = None, None
     if previews and finished:
         images = previews.with_lora(file, plan.num_epochs, reporter, final=True)
         if images:
             preview, samples = images[0], previews.grid_path(plan.num_epochs)
             previews.overview()
-    session.exporter.sidecars(file, preview)
+    session.write(lambda: session.exporter.sidecars(file, preview))
     losses = run.losses()
     tenth = max(1, len(losses) // 10)
     return Result(

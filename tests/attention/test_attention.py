@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from torch.utils.checkpoint import checkpoint
 
 from sdlora.attention import products
 from sdlora.attention.choose import CPU_KERNELS, Fastest
@@ -150,3 +151,13 @@ def test_what_was_chosen_once_is_chosen_again_by_the_next_run_on_this_machine(tm
         torch.set_num_threads(torch.get_num_threads() - 1)
     assert third.choices() == {}
     assert install_attention(unet(), torch.bfloat16, Cache(tmp_path), choose=False) is None
+
+
+def test_a_choice_within_a_checkpointed_block_is_no_part_of_the_block():
+    choice = Fastest({"sdpa": CPU_KERNELS["sdpa"], "products": CPU_KERNELS["products"]})
+    tensors, _ = inputs(1, 2, 64, 64, 40)
+    expected = torch.autograd.grad(CPU_KERNELS["sdpa"](*tensors).square().sum(), tensors)
+    y = checkpoint(choice, *tensors, use_reentrant=False)
+    found = torch.autograd.grad(y.square().sum(), tensors)
+    assert len(choice.chosen) == 1
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from sdlora.config import Config
 from sdlora.config_io import load_config
 from sdlora.errors import ConfigError, ModelError, SdloraError, TrainingError
+from sdlora.training import room_on_disk
 from sdlora.training import setup as building  # not "setup_module": pytest would call that
 from sdlora.training.folder import reopen
 from sdlora.training.progress import Reporter
@@ -404,12 +405,13 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_word(settings, monkeypatch):
     open_file = Path.open
 
     def full(path, mode="r", **options):
-        if mode == "a":
+        if mode == "ab":
             raise OSError(errno.ENOSPC, "No space left on device")
         return open_file(path, mode, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", full)
+        patch.setattr(room_on_disk, "PATIENCE", 0.0)
         with pytest.raises(TrainingError, match="no space left on the disk"):
             go_on(half.folder)
     assert go_on(half.folder).finished
