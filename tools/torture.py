@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,20 +83,37 @@ class Way:
     Attributes:
         fault: what `faults` is told to do.
         codes: exit codes that a disturbed process may have, besides 0.
-        moments: whether a signal also comes at random moments.
+        moments: the signal that also comes at random moments, or 0.
+        says: what a process prints that was disturbed and came to its end all the same.
     """
 
     fault: str
     codes: tuple[int, ...]
     moments: int = 0
+    says: str = ""
 
 
 WAYS = {
     "kill": Way("kill", (KILLED,), signal.SIGKILL),
     "term": Way("term", (STOPPED, -signal.SIGTERM), signal.SIGTERM),
-    "enospc": Way("enospc*{times}", (REFUSED,)),
-    "eio": Way("eio", (REFUSED,)),
+    "enospc": Way("enospc*{times}", (REFUSED,), says="no space left on the disk"),
+    "eio": Way("eio", (REFUSED,), says="Input/output error"),
 }
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One disturbance.
+
+    Attributes:
+        where: in words.
+        fault: what `faults` shall do.
+        signal: seconds after which a signal is sent, and which.
+    """
+
+    where: str = ""
+    fault: str = ""
+    signal: tuple[float, int] | None = None
 
 
 class Torture:
@@ -154,7 +171,7 @@ class Torture:
             said = os.open(self.folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(said, 1)
             os.dup2(said, 2)
-            room_on_disk.POLL = 0.05
+            room_on_disk.POLL, room_on_disk.PATIENCE = 0.05, 2.0
             faults.arm(fault)
             sdlora(words)
             code = 0
@@ -181,46 +198,49 @@ class Torture:
 
     def disturb(self, way: Way, rounds: int) -> None:
         """Disturbs runs so many times, each until it ends."""
-        todo, number = self._places(rounds), 0
+        wishes, number = self._wishes(way), 0
         while self.tally.rounds < rounds:
-            run, fruitless = self.folder / f"run{number}", 0
+            run, code = self.folder / f"run{number}", 1
             number += 1
-            while True:
-                more = self.tally.rounds < rounds and fruitless < 3
-                moment = more and way.moments and self.random.random() < 0.5
-                after = (self.random.uniform(0, self.seconds), way.moments) if moment else None
-                place = next(todo) if more and not moment else ""
-                fault = f"{place}={way.fault.format(times=self.random.randint(1, 3))}" if place else ""
-                before = _checkpoint(run)
-                code = self.train(run, fault, after)
-                if code not in (0, *way.codes):
-                    sys.exit(f"after {fault or after} the process ended with {code}:\n{self.said()}")
-                struck = code != 0 or (place and self._felt(way))
-                if struck:
-                    self._count(place.rpartition("@")[0] or "a random moment", run, before)
-                fruitless = 0 if struck else fruitless + 1
-                if code == 0:
-                    self.check(run)
-                    break
-                if not more:
-                    fruitless = 0
+            while code:
+                code = self._once(run, way, next(wishes) if self.tally.rounds < rounds else Wish())
+            self.check(run)
             for path in (run, Path(f"{run}-cache")):
                 shutil.rmtree(path)
 
-    def _felt(self, way: Way) -> bool:
-        return way.fault.startswith("e") and "disk" in self.said()
+    def _wishes(self, way: Way) -> Iterator[Wish]:
+        """Yields disturbances: all places in turn, each at one of its first passes, and moments in between."""
+        while True:
+            for place in self.random.sample(sorted(self.places), len(self.places)):
+                if way.moments and self.random.random() < 0.5:
+                    yield Wish("a random moment", "", (self.random.uniform(0, self.seconds), way.moments))
+                number, times = self.random.randint(1, min(3, self.places[place])), self.random.randint(1, 3)
+                yield Wish(place, f"{place}@{number}={way.fault.format(times=times)}")
 
-    def _count(self, where: str, run: Path, before: int) -> None:
+    def _once(self, run: Path, way: Way, wish: Wish) -> int:
+        """Trains until the end or the disturbance; returns the exit code."""
+        before = _checkpoint(run)
+        code = self.train(run, wish.fault, wish.signal)
+        if code == REFUSED and "is finished: " in self.said():
+            return 0  # it was disturbed after all was done
+        if code not in (0, *way.codes):
+            sys.exit(f"after {wish} the process ended with {code}:\n{self.said()}")
+        if code or (wish.fault and way.says and way.says in self.said()):
+            self.count(wish.where, run, before)
+        return code
+
+    def count(self, where: str, run: Path, before: int) -> None:
+        """Counts a disturbance, and the steps that it costs.
+
+        Args:
+            where: it struck.
+            run: which run.
+            before: step of its last checkpoint when the process was started.
+        """
         self.tally.rounds += 1
         self.tally.hit[where] += 1
         self.tally.lost.append(max(0, _logged(run) - max(before, _checkpoint(run))))
         print(f"\r{self.tally.rounds} rounds, {len(self.tally.hit)} places", end="", flush=True)
-
-    def _places(self, rounds: int):
-        """Yields place@number, going round all places, each at a random pass."""
-        while True:
-            for place in self.random.sample(sorted(self.places), len(self.places)):
-                yield f"{place}@{self.random.randint(1, min(3, self.places[place]))}"
 
 
 def _wait(process: int, after: tuple[float, int] | None) -> int:
@@ -253,30 +273,26 @@ def _logged(run: Path) -> int:
 
 
 def fill_disks(torture: Torture, rounds: int) -> None:
-    """Trains on small disks that get full, and get room again while the run waits."""
-    needed = _bytes(torture.folder / "straight")
-    for number in range(rounds):
-        place = torture.folder / f"disk{number}"
-        place.mkdir()
-        room = torture.random.uniform(0.3, 1.0) * needed
-        size = f"size={int(room)}"
-        subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(place)], check=True)
+    """Trains on disks that are too small, until the run gives up; it goes on when they have grown."""
+    needed = sum(_bytes(torture.folder / name) for name in ("straight", "straight-cache"))
+    disk = torture.folder / "disk"
+    disk.mkdir()
+    while torture.tally.rounds < rounds:
+        size = int(torture.random.uniform(0.2, 1.0) * needed)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], check=True)
         try:
-            code = torture.train(place / "run", "", None)
-            full = code == REFUSED and "space" in torture.said()
-            if code and not full and "free" not in torture.said():
-                sys.exit(f"on a disk of {size} the process ended with {code}:\n{torture.said()}")
-            subprocess.run(["mount", "-o", f"remount,size={4 * needed}", str(place)], check=True)
+            code = torture.train(disk / "run", "")
+            if code not in (0, REFUSED) or (code and "free" not in torture.said()):
+                sys.exit(f"on a disk of {size} bytes the process ended with {code}:\n{torture.said()}")
+            subprocess.run(["mount", "-o", f"remount,size={4 * needed}", str(disk)], check=True)
             if code:
-                torture._count("a full disk", place / "run", 0)
-                code = torture.train(place / "run", "")
-            else:
-                torture.tally.rounds += 1
+                torture.count("a full disk", disk / "run", 0)
+                code = torture.train(disk / "run", "")
             if code:
                 sys.exit(f"with room again the process ended with {code}:\n{torture.said()}")
-            torture.check(place / "run")
+            torture.check(disk / "run")
         finally:
-            subprocess.run(["umount", str(place)], check=True)
+            subprocess.run(["umount", str(disk)], check=True)
 
 
 def _bytes(folder: Path) -> int:
@@ -304,12 +320,10 @@ def main() -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         torture = Torture(Path(folder), options.seed)
-        act: Callable[[], None] = (
-            (lambda: fill_disks(torture, options.rounds))
-            if options.way == "tmpfs"
-            else (lambda: torture.disturb(WAYS[options.way], options.rounds))
-        )
-        act()
+        if options.way == "tmpfs":
+            fill_disks(torture, options.rounds)
+        else:
+            torture.disturb(WAYS[options.way], options.rounds)
         report(torture.tally, torture, time.monotonic() - started)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     if debug:
         arguments.remove("--debug")
     _quiet_libraries()
+    _print_anything()
     try:
         code = cli.main(arguments, prog_name="sdlora", standalone_mode=False)
     except click.ClickException as error:
@@ -63,6 +65,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     if isinstance(code, int):  # click returns what `ctx.exit` was given
         sys.exit(code)
+
+
+def _print_anything() -> None:
+    """Lets the terminal show as an escape what it has no letter for, instead of ending the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _quiet_libraries() -> None:

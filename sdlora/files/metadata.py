@@ -124,15 +124,15 @@ def _learning_rates(config: Config, rates: Mapping[str, float], total_steps: int
     encoders = [rate for component, rate in rates.items() if component != "denoiser"]
     warmup = int(settings.warmup * total_steps)
     named = {"constant": "constant_with_warmup"} if warmup else {}
-    betas = (settings.beta1, settings.beta2)
-    optimizers = {"adamw": f"torch.optim.adamw.AdamW(weight_decay={settings.weight_decay},betas={betas})"}
+    classes = {"adamw": "torch.optim.adamw.AdamW", "adamw8bit": "sdlora.training.adamw8bit.AdamW8bit"}
+    given = f"weight_decay={settings.weight_decay},betas={(settings.beta1, settings.beta2)}"
     return {
         "ss_learning_rate": rates["denoiser"],
         "ss_unet_lr": rates["denoiser"],
         "ss_text_encoder_lr": encoders[0] if len(encoders) == 1 else encoders or None,
         "ss_lr_scheduler": named.get(settings.schedule, settings.schedule),
         "ss_lr_warmup_steps": warmup,
-        "ss_optimizer": optimizers[settings.optimizer],
+        "ss_optimizer": f"{classes[settings.optimizer]}({given})",
         "ss_max_grad_norm": config.train.max_grad_norm,
     }
 

@@ -26,7 +26,7 @@ PREVIEW_SIDE = 512
 def write_sidecars(
     lora_path: Path, *, trigger: str, description: str, preview: Image.Image | None, family: Family
 ) -> list[Path]:
-    """Writes NAME.json and, if there is a preview, NAME.png beside NAME.safetensors; replaces older ones.
+    """Writes, if there is a preview, NAME.png and then NAME.json beside NAME.safetensors; replaces older ones.
 
     Args:
         lora_path: the LoRA file.
@@ -49,15 +49,14 @@ def write_sidecars(
         "negative text": "",
         "notes": "",
     }
-    target = lora_path.with_suffix(".json")
-    write_text(target, json.dumps(content, indent=4, ensure_ascii=False) + "\n")
-    if preview is None:
-        return [target]
-    picture = preview.convert("RGB")
-    picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE), Image.Resampling.LANCZOS)
-    with replacing(lora_path.with_suffix(".png")) as path:
-        picture.save(path)
-    return [target, lora_path.with_suffix(".png")]
+    text, card = lora_path.with_suffix(".json"), lora_path.with_suffix(".png")
+    if preview is not None:
+        picture = preview.convert("RGB")
+        picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE), Image.Resampling.LANCZOS)
+        with replacing(card) as path:
+            picture.save(path)
+    write_text(text, json.dumps(content, indent=4, ensure_ascii=False) + "\n")  # last: then a run is complete
+    return [text] if preview is None else [text, card]
 
 
 def activation_text(lora: LoraFile) -> str:

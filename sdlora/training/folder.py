@@ -24,7 +24,8 @@ MAY_CHANGE = {
     *("data.batch_size", "train.micro_batch"),  # with another number of processes they give the same steps
     *("data.images", "data.cache_dir"),  # the pictures may have moved; a checkpoint knows their contents
 }
-"""Settings that a resumed run may change, besides all of `samples` and `output`; a precision only to the one it had."""
+"""Settings that a resumed run may change, besides those that begin with `FREE`; a precision only to the one it had."""
+FREE = ("samples.", "output.")
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,12 @@ class RunFolder:
     Attributes:
         root: the folder itself.
         name: stem of the LoRA files.
+        changes: settings that a resumed run has otherwise than before, in words.
     """
 
     root: Path
     name: str
+    changes: tuple[str, ...] = ()
 
     @property
     def lora(self) -> Path:
@@ -160,24 +163,22 @@ def reopen(root: Path, flags: Mapping[str, Any], assignments: tuple[str, ...]) -
         )
     old = load_config(file)
     new = load_config(file, flags, assignments)
-    changed = [
-        f"{section}.{key} (was {_shown(before)}, now {_shown(after)})"
+    changed = {
+        f"{section}.{key}": f"{section}.{key} (was {_shown(before)}, now {_shown(after)})"
         for section, values in old
         for key, before in values
         if (after := getattr(getattr(new, section), key)) != before
-        and section not in ("samples", "output")
-        and f"{section}.{key}" not in MAY_CHANGE
-    ]
-    if changed:
+    }
+    fixed = [told for name, told in changed.items() if not name.startswith(FREE) and name not in MAY_CHANGE]
+    if fixed:
         raise ConfigError(
-            f"--resume {root}: these settings cannot change within a run: {', '.join(changed)}; start a new one"
+            f"--resume {root}: these settings cannot change within a run: {', '.join(fixed)}; start a new one"
         )
     if new.output.output not in (None, old.output.output, root):
         raise ConfigError(f"--resume {root} goes on in that folder; leave --output {new.output.output} out")
     if not any("stop_at" in given for given in (*flags, *assignments)):
         new = _with(new, "train", stop_at=None)  # it said where the earlier session stops
-    run = RunFolder(root, run_name(new))
-    return run, new
+    return RunFolder(root, run_name(new), tuple(changed.values())), new
 
 
 def _shown(value: Any) -> str:

@@ -65,6 +65,8 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: 
     reporter.say(pictures.summary())
     for name, reason in list(pictures.unreadable.items())[:MAX_REASONS]:
         reporter.warn(f"{name}: {reason}")
+    if resume and resume.changes:
+        reporter.say(f"Changed since this run was begun: {', '.join(resume.changes)}")
     run = resume or world.first(lambda: choose_folder(config))
     device = choose_device(world.device)
     prepare_cuda(config.train.deterministic)

@@ -1,12 +1,13 @@
 """Uninterrupted equals resumed, at several places and twice in a row, for whatever a run can be made of; and differs
 from a cold start that begins with the weights but without the rest."""
 
+import hashlib
 import itertools
 import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sdlora.config_io import load_config
 from sdlora.training.folder import reopen
@@ -19,7 +20,7 @@ MIXED = {"data.shuffle_tags": True, "data.flip": True, "data.caption_dropout": 0
 TEXT = {"lora.text_encoder": True, "lora.text_encoder_stop": 0.5, "lora.dropout": 0.2}
 KINDS = [
     *itertools.product(OPTIMIZERS, SCHEDULES, ["fp32"], [{}]),
-    *itertools.product(OPTIMIZERS, ["cosine"], ["fp32", "bf16"], [MIXED, MIXED | TEXT]),
+    *itertools.product(OPTIMIZERS, ["cosine"], ["fp32", "bf16"], [MIXED | TEXT]),
 ]
 
 
@@ -42,7 +43,7 @@ def same(a, b):
 @pytest.mark.parametrize(
     ("optimizer", "schedule", "precision", "more"),
     KINDS,
-    ids=[f"{o}-{s}-{p}-{'text' if 'lora.text_encoder' in m else 'mixed' if m else 'plain'}" for o, s, p, m in KINDS],
+    ids=[f"{o}-{s}-{p}-{'everything' if m else 'plain'}" for o, s, p, m in KINDS],
 )
 def test_resumed_equals_uninterrupted(tiny_base, style_dir, tmp_path, optimizer, schedule, precision, more):
     flags = {"base.model": str(tiny_base), "data.images": style_dir, "data.batch_size": 2, "lora.rank": 2}
@@ -50,22 +51,19 @@ def test_resumed_equals_uninterrupted(tiny_base, style_dir, tmp_path, optimizer,
     flags |= {"optimizer.optimizer": optimizer, "optimizer.schedule": schedule, "train.precision": precision}
     flags |= {"data.cache_dir": tmp_path / "cache"} | more
     straight = facts(run_until(tmp_path / "straight", None, False, flags))
-    for cuts in ([1], [5], [3, 6]):
-        folder = tmp_path / "-".join(map(str, cuts))
-        for number, stop in enumerate([*cuts, None]):
-            result = run_until(folder, stop, number > 0, flags)
-        assert same(facts(result), straight)
+    for stop in (1, 3, 6, None):
+        result = run_until(tmp_path / "cut", stop, stop != 1, flags)
+    assert same(facts(result), straight)
     # Without the optimizer's moments the same weights go elsewhere.
     cold = tmp_path / "cold"
     run_until(cold, 5, False, flags)
     state = cold / "checkpoints" / "step-00000005" / "state.json"
     known = json.loads(state.read_text())
     moments = state.parent / "optimizer.safetensors"
-    from safetensors.torch import save_file
-
-    from sdlora.training.checkpoint import _sha256
-
     save_file({key: torch.zeros_like(x) for key, x in load_file(moments).items()}, moments)
-    known["files"][moments.name] = {"size": moments.stat().st_size, "sha256": _sha256(moments)}
+    known["files"][moments.name] = {
+        "size": moments.stat().st_size,
+        "sha256": hashlib.sha256(moments.read_bytes()).hexdigest(),
+    }
     state.write_text(json.dumps(known))
     assert not same(facts(run_until(cold, None, True, flags)), straight)

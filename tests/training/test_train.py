@@ -128,6 +128,8 @@ def test_a_run_leaves_everything_it_promises(settings):
     assert found == {
         "config.toml",
         "metrics.jsonl",
+        "heartbeat.json",
+        ".lock",
         "certificate.json",
         "mine.safetensors",
         "mine.json",
@@ -292,6 +294,17 @@ def test_a_run_does_not_go_on_with_another_base_or_precision(settings, tiny_base
     save_file({key: value * 1.1 for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
     with pytest.raises(TrainingError, match="its weights differ"):
         go_on(half.folder)
+
+
+def test_a_resumed_run_says_what_was_changed(settings):
+    half = train(settings(train__stop_at=2))
+    run, config = reopen(half.folder, {"train.steps": 7, "train.threads": 1}, ())
+    notes = Notes()
+    train(config, resume=run, reporter=notes)
+    (line,) = [line for line in notes.lines if line.startswith("Changed since")]
+    assert "train.steps (was 6, now 7)" in line and "train.threads (was None, now 1)" in line
+    run, config = reopen(half.folder, {"train.steps": 8}, ())
+    assert run.changes == ("train.steps (was 7, now 8)",)
 
 
 def test_a_resumed_run_takes_new_prompts_and_a_new_name(settings):
