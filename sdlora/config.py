@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
 
 
@@ -49,6 +49,13 @@ class Section(BaseModel):
     """A frozen table of settings; unknown names are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _no_null(cls, value: Any) -> Any:
+        if isinstance(value, str | Path) and "\0" in str(value):  # no system has such names, and C ends there
+            raise ValueError("must not hold the character U+0000")
+        return value
 
 
 class BaseSection(Section):

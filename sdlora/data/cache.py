@@ -27,6 +27,7 @@ from sdlora.container_header import DTYPES
 from sdlora.errors import ConfigError
 from sdlora.faults import place
 from sdlora.file_identity import identity, is_settled
+from sdlora.places import expanded
 from sdlora.weights import Origin, origin
 
 _HASHERS = min(16, os.cpu_count() or 1)
@@ -49,7 +50,7 @@ class Cache:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder.expanduser() if folder else default_folder()
+        self.folder = expanded(folder) if folder else default_folder()
         self.problem: str | None = None
 
     @staticmethod
@@ -127,7 +128,7 @@ def default_folder() -> Path:
         ConfigError: if the user has no home.
     """
     if own := os.environ.get("SDLORA_CACHE"):
-        return Path(own).expanduser()
+        return expanded(own)
     variable = "LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"
     shared = Path(os.environ.get(variable, ""))
     try:

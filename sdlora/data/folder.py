@@ -21,6 +21,7 @@ from sdlora.data.sidecars import Sidecars, is_sidecar
 from sdlora.data.tree import Tree, printable, shortened, walk
 from sdlora.data.workers import Workers, expected_seconds
 from sdlora.errors import DatasetError
+from sdlora.places import expanded
 
 PICTURE_ENDINGS = {
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
@@ -136,7 +137,7 @@ def scan(folder: Path, trigger: str = "", background: str = "white", cache: Cach
         ConfigError: if the background is no colour.
     """
     background_colour(background)
-    folder = folder.expanduser()
+    folder = expanded(folder)
     if not folder.is_dir():
         raise DatasetError(
             f"{folder} is a file; give --images the folder it lies in"

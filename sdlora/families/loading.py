@@ -31,6 +31,7 @@ from sdlora.families.pickles import readable
 from sdlora.families.replacements import replace_text_encoders, replace_vae
 from sdlora.families.single import file_resolution, file_width, identify_file, load_file
 from sdlora.families.table import FAMILIES
+from sdlora.places import expanded
 from sdlora.weights import moved
 
 NANO = Path(__file__).parent.parent / "nano"
@@ -77,7 +78,7 @@ def resolve_base(
         ModelError: if there is no such model, the hub cannot be reached, it is a pickle, or a revision is asked of
             what is not on the hub.
     """
-    path = Path(model).expanduser()
+    path = expanded(model)
     if revision is not None and (model in ("auto", "nano") or os.path.exists(path)):
         raise ModelError(
             f"--revision {revision} has no effect: the base {model} is not taken from the hub; leave it out"

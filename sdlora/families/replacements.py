@@ -21,6 +21,7 @@ from sdlora.families.names import OLD_VAE_ATTENTION
 from sdlora.families.single import load_text_encoder, load_vae
 from sdlora.families.table import FAMILIES
 from sdlora.families.tokenizers import clip_tokenizer
+from sdlora.places import expanded
 
 LATENT_CHANNELS = 4
 
@@ -39,7 +40,7 @@ def replace_vae(source: str, family: Family) -> nn.Module:
     scaling = family.vae_config["scaling_factor"]
     if source == "taesd":
         return load_vae_folder(LATENT_SPACES[scaling].taesd, "")
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         module = _vae_from_folder(path, scaling)
     elif path.is_file():
@@ -140,7 +141,7 @@ def replace_text_encoders(source: str, family: Family) -> tuple[dict[str, nn.Mod
     Raises:
         ModelError: if one is missing or damaged, or they are another family's.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         return _encoders_from_folder(path, family)
     if path.is_file():

@@ -17,6 +17,7 @@ from sdlora.config import Config
 from sdlora.config_io import load_config, to_toml
 from sdlora.errors import ConfigError, TrainingError
 from sdlora.faults import place
+from sdlora.places import expanded
 
 MAY_CHANGE = {
     *("train.steps", "train.epochs", "train.stop_at", "train.threads", "train.precision"),
@@ -212,7 +213,7 @@ def claim(run: RunFolder, config: Config, *, base: str, anew: bool) -> None:
         config = _with(config, "data", cache_dir=config.data.cache_dir.resolve())
     if isinstance(config.samples.sample_prompts, Path):
         config = _with(config, "samples", sample_prompts=config.samples.sample_prompts.resolve())
-    folder = Path(base).expanduser()
+    folder = expanded(base)
     config = _with(config, "base", model=str(folder.resolve()) if folder.is_dir() else base)
     write_text(run.config, to_toml(config))
 
