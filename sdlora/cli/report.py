@@ -51,10 +51,12 @@ def _contents(run: Path | None) -> Iterator[tuple[str, str]]:
     from sdlora.training.survey import survey
 
     yield "environment.json", json.dumps(survey(), indent=2)
-    for name in RUN_FILES if run else ():
+    if run is None:
+        return
+    for name in RUN_FILES:
         if (file := run / name).is_file():
             yield name, file.read_text(encoding="utf-8", errors="replace")
-    if run and (log := run / "metrics.jsonl").is_file():
+    if (log := run / "metrics.jsonl").is_file():
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         yield log.name, "\n".join(lines[-LAST_LINES:]) + "\n"
 

@@ -84,15 +84,19 @@ def save_checkpoint(
         os.replace(temporary, final)
         place("checkpoint in place")
         flush(folder)
+        _remove_old(folder, final, keep)
     except OSError as error:
         raise explained(final, error) from error
+    return final
+
+
+def _remove_old(folder: Path, final: Path, keep: int) -> None:
     # What lies beyond this step was found damaged when the run was resumed; it must not push out what is good.
     older = [path for path in sorted(folder.glob("step-*")) if path.name < final.name]
     newer = [path for path in folder.glob("step-*") if path.name > final.name]
     for path in [*older[: max(0, len(older) - keep + 1)], *newer]:
         shutil.rmtree(path, ignore_errors=True)
         place("checkpoint removed")
-    return final
 
 
 def prune(folder: Path) -> bool:

@@ -89,7 +89,7 @@ def train(
     world = world or World.single()
     reporter = reporter if reporter and world.is_first else Reporter()
     threads = torch.get_num_threads()
-    lock, heartbeat = Lock(), None
+    lock, heartbeat, step = Lock(), None, 0
     try:
         world.share_cores(config.train.threads)
         if resume:

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from notes import Notes
 
 from sdlora.adapters import FlatParameters
 from sdlora.config import Config
@@ -25,18 +26,6 @@ from sdlora.training.train import step_gradients, train
 from sdlora.training.world import World
 
 CPU = torch.device("cpu")
-
-
-class Notes(Reporter):
-    """Remembers what is said."""
-
-    def __init__(self):
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
-
-    warn = say
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from notes import Notes
 
 from sdlora.config_io import load_config
 from sdlora.data.encoding import Encoder
@@ -11,19 +12,8 @@ from sdlora.errors import DatasetError, SdloraError, TrainingError
 from sdlora.training import train as loop
 from sdlora.training.checkpoint import latest_checkpoint
 from sdlora.training.engine import Engine
-from sdlora.training.progress import Reporter
 from sdlora.training.session import Session
 from sdlora.training.train import train
-
-
-class Notes(Reporter):
-    def __init__(self):
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
-
-    warn = say
 
 
 @pytest.fixture

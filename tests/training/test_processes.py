@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from families.tiny import make_tiny
+from notes import Notes
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -23,7 +24,6 @@ from sdlora.errors import ConfigError, TrainingError
 from sdlora.training.accumulate import accumulate, cut
 from sdlora.training.folder import reopen
 from sdlora.training.plan import make_plan
-from sdlora.training.progress import Reporter
 from sdlora.training.train import train
 from sdlora.training.world import ProcessLost, World
 
@@ -58,16 +58,6 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
-
-
-class Notes(Reporter):
-    def __init__(self):
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
-
-    warn = say
 
 
 def work(rank: int, jobs: list[dict], folder: Path) -> None:

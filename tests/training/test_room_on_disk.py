@@ -4,6 +4,7 @@ import errno
 
 import pytest
 import torch
+from notes import Notes
 from safetensors.torch import load_file
 
 from sdlora import faults
@@ -11,19 +12,8 @@ from sdlora.config_io import load_config
 from sdlora.errors import DiskFullError
 from sdlora.training import room_on_disk
 from sdlora.training.folder import RunFolder, reopen
-from sdlora.training.progress import Reporter
 from sdlora.training.room_on_disk import RESERVE, give_up_reserve, reserve, with_room
 from sdlora.training.train import train
-
-
-class Notes(Reporter):
-    def __init__(self):
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
-
-    warn = say
 
 
 @pytest.fixture(autouse=True)
