@@ -27,12 +27,12 @@ from sdlora.container_header import DTYPES
 from sdlora.errors import ConfigError
 from sdlora.faults import place
 from sdlora.file_identity import identity, is_settled
-from sdlora.places import expanded
+from sdlora.paths import expanded
 from sdlora.weights import Origin, origin
 
 _HASHERS = min(16, os.cpu_count() or 1)
 """Threads that hash a model's weights; hashing leaves the interpreter to others."""
-_WEIGHTS_VERSION = 1  # raise it when weights are to be hashed differently
+_WEIGHTS_VERSION = 2  # raise it when weights are to be hashed differently
 
 
 class Cache:
@@ -160,14 +160,13 @@ def fingerprint(module: nn.Module, cache: Cache | None = None) -> str:
     if known is None or not _untouched(known):
         return Cache.key(_weights_hash(module.state_dict()), public)
     key = Cache.key("weights", _WEIGHTS_VERSION, _places(known))
-    stored = cache.get(key) if cache else None
-    if stored:
-        return Cache.key(stored["hash"].numpy().tobytes().hex(), public)
+    if cache and (stored := cache.facts(key)):
+        return Cache.key(stored, public)
     whole = _weights_hash(known.stored())
     known.unmap()
     settled = all(is_settled(container.identity) for container in known.containers)
     if cache and settled and _untouched(known):
-        cache.put(key, {"hash": torch.tensor(list(bytes.fromhex(whole)), dtype=torch.uint8)})
+        cache.keep_facts(key, whole)
     return Cache.key(whole, public)
 
 

@@ -21,7 +21,7 @@ from sdlora.data.sidecars import Sidecars, is_sidecar
 from sdlora.data.tree import Tree, printable, shortened, walk
 from sdlora.data.workers import Workers, expected_seconds
 from sdlora.errors import DatasetError
-from sdlora.places import expanded
+from sdlora.paths import expanded
 
 PICTURE_ENDINGS = {
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".tif", ".tiff"),

@@ -31,7 +31,7 @@ from sdlora.families.pickles import readable
 from sdlora.families.replacements import replace_text_encoders, replace_vae
 from sdlora.families.single import file_resolution, file_width, identify_file, load_file
 from sdlora.families.table import FAMILIES
-from sdlora.places import expanded
+from sdlora.paths import expanded
 from sdlora.weights import moved
 
 NANO = Path(__file__).parent.parent / "nano"

@@ -21,7 +21,7 @@ from sdlora.families.names import OLD_VAE_ATTENTION
 from sdlora.families.single import load_text_encoder, load_vae
 from sdlora.families.table import FAMILIES
 from sdlora.families.tokenizers import clip_tokenizer
-from sdlora.places import expanded
+from sdlora.paths import expanded
 
 LATENT_CHANNELS = 4
 

@@ -16,6 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_SIZES = {
+    "Linear": ("in_features", "out_features"),
+    "Conv2d": (
+        *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
+        *("transposed", "output_padding", "padding_mode"),
+    ),
+}
+"""What says how large a layer is and how it computes, by kind."""
+
 
 class Frozen(nn.Module):
     """Mixed into `nn.Linear` or `nn.Conv2d` by layers that store a weight in their own way.
@@ -29,6 +38,12 @@ class Frozen(nn.Module):
 
     can_merge = False
     kind = ""
+
+    def _shaped_as(self, layer: nn.Module) -> None:
+        """Makes this an empty module with the sizes of a layer."""
+        nn.Module.__init__(self)
+        for name in _SIZES[self.kind]:
+            setattr(self, name, getattr(layer, name))
 
     def product(self, x: Tensor) -> Tensor:
         """Returns the layer's output."""

@@ -29,8 +29,7 @@ class PackedLinear(Frozen, nn.Linear):
     kind = "Linear"
 
     def __init__(self, layer: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self._shaped_as(layer)
         self.weight, self.bias = layer.weight, layer.bias
         self._pair = _LinearPair(layer.weight)
 
@@ -57,10 +56,7 @@ class PackedConv2d(Frozen, nn.Conv2d):
     kind = "Conv2d"
 
     def __init__(self, layer: nn.Conv2d) -> None:
-        nn.Module.__init__(self)
-        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
-            setattr(self, name, getattr(layer, name))
-        self.transposed, self.output_padding, self.padding_mode = False, (0, 0), layer.padding_mode
+        self._shaped_as(layer)
         self.weight, self.bias = layer.weight, layer.bias
         self._pair: Any = None
 

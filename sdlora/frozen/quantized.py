@@ -180,8 +180,7 @@ class QuantizedLinear(Quantized, nn.Linear):  # type: ignore[misc]
     kind = "Linear"
 
     def __init__(self, layer: nn.Linear, format: Format) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self._shaped_as(layer)
         self._keep(layer, format)
 
     def product(self, x: Tensor) -> Tensor:
@@ -204,10 +203,7 @@ class QuantizedConv2d(Quantized, nn.Conv2d):  # type: ignore[misc]
     kind = "Conv2d"
 
     def __init__(self, layer: nn.Conv2d, format: Format) -> None:
-        nn.Module.__init__(self)
-        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
-            setattr(self, name, getattr(layer, name))
-        self.transposed, self.output_padding, self.padding_mode = False, (0, 0), layer.padding_mode
+        self._shaped_as(layer)
         self._keep(layer, format)
 
     def product(self, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from sdlora.config import Config
 from sdlora.config_io import load_config, to_toml
 from sdlora.errors import ConfigError, TrainingError
 from sdlora.faults import place
-from sdlora.places import expanded
+from sdlora.paths import expanded
 
 MAY_CHANGE = {
     *("train.steps", "train.epochs", "train.stop_at", "train.threads", "train.precision"),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from typing import Any
 
+import psutil  # comes with accelerate
 import torch
 from torch import nn
 
@@ -41,24 +41,10 @@ def choose_packing(model: nn.Module, wanted: str, device: torch.device, room: in
     needed = PACKED_COPIES * sum(w.numel() * w.element_size() for w in _weights(model))
     if room is not None and needed > room:
         return False, f"it would take {needed / 1e9:.1f} GB, and train.memory leaves {max(0, room) / 1e9:.1f} GB for it"
-    free = free_memory()
-    if free is not None and needed > SHARE_OF_MEMORY * free:
+    free = psutil.virtual_memory().available
+    if needed > SHARE_OF_MEMORY * free:
         return False, f"it would take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
     return True, f"{needed / 1e9:.1f} GB more memory"
-
-
-def free_memory() -> int | None:
-    """Returns the bytes of main memory that programs can still have, or `None` if the system does not tell."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            rows = dict(line.split(":") for line in file)
-        return int(rows["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None
 
 
 def pack(model: nn.Module) -> int:

@@ -15,7 +15,6 @@ from sdlora.adapters import Lora
 from sdlora.config import Config
 from sdlora.families import Parts, PictureSize
 from sdlora.training.forecast import Forecast, forecast
-from sdlora.training.kernels import free_memory
 from sdlora.training.memory import Ladder, empty_cache, first_that_fits, recorded_rung, rungs
 from sdlora.training.optimizers import MOMENT_BYTES
 from sdlora.training.progress import Reporter
@@ -144,8 +143,7 @@ def make_ladder(
     ladder = rungs(settings, batch, device)
     at = recorded_rung(ladder, recorded)
     now = taken(device)
-    free = free_memory()
-    limit = memory_limit(settings.memory, device, None if free is None else free + now)
+    limit = memory_limit(settings.memory, device, psutil.virtual_memory().available + now)
     future = round(numbers * (4 + MOMENT_BYTES[config.optimizer.optimizer]))
     foreseen = None
     if limit is not None and now + future + ladder[0].micro_batch * _at_most(parts, size) > limit.bytes:

@@ -21,6 +21,7 @@ from sdlora.training.checkpoint import Checkpoint, restore_checkpoint, save_chec
 from sdlora.training.engine import Engine
 from sdlora.training.export import Exporter
 from sdlora.training.folder import RunFolder
+from sdlora.training.interrupt import StopSignal
 from sdlora.training.memory import Ladder
 from sdlora.training.plan import Plan
 from sdlora.training.previews import Previews
@@ -114,6 +115,12 @@ class Session:
             "settings": str((self.plan, self.config.lora, self.config.train, self.config.optimizer)),
             "version of torch": torch.__version__,
         }
+
+    def listen_to(self, stop: StopSignal) -> None:
+        """Lets samples, and the waiting for room on the disk, end when the user wants to stop."""
+        self.until = lambda: stop.requested
+        if self.previews:
+            self.previews.stopped = self.until
 
     def write(self, write: Callable[[], T]) -> T:
         """Writes something, and if the disk is full makes room or waits for it; see `with_room`."""

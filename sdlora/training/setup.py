@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sdlora.adapters import FlatParameters, Lora, Target, find_layers, inject
+from sdlora.attention.choose import Fastest
 from sdlora.config import Config
 from sdlora.data.cache import Cache, fingerprint
 from sdlora.data.dataset import Dataset, bucket_counts, prepare
@@ -73,7 +74,7 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: 
     with world.first_then_others():
         base = _find_base(config, cache, reporter)
     precision = choose_precision(config.train.precision, device, native_width(base.path))
-    attention, attention_reason = choose_attention(config.train.attention, device, precision.dtype)
+    attention = choose_attention(config.train.attention, device, precision.dtype)
     resolution = config.data.resolution or native_resolution(base.path)
     num_pictures, counts = bucket_counts(pictures.examples, config.data, resolution)
     plan = make_plan(config, num_pictures, counts.values(), world.size)
@@ -88,16 +89,8 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: 
     choose_threads(parts, config.train.threads)
     with torch.no_grad():
         parts.family.encode_prompts(parts, [""], config.base.clip_skip)  # fails now if the encoder has fewer layers
-    denoiser: Any = parts.denoiser
-    kernels = None
-    if attention == "xformers":
-        denoiser.enable_xformers_memory_efficient_attention()
-    else:
-        choose = config.train.attention == "auto" and (device.type == "cpu" or not config.train.deterministic)
-        kernels = install_attention(denoiser, precision.dtype, cache, choose=choose)
-    if kernels:
-        attention_reason = f"for each size what is quickest here of {', '.join(kernels.candidates)}"
-    reporter.say(f"Precision: {precision.word} ({precision.reason}). Attention: {attention} ({attention_reason}).")
+    kernels, said = _install_attention(parts, config, cache, *attention)
+    reporter.say(f"Precision: {precision.word} ({precision.reason}). Attention: {said}.")
     reporter.begin("caching latents", len(pictures.examples))
     dataset = prepare(
         parts,
@@ -117,7 +110,7 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: 
         reporter.warn(note)
 
     # What trains.
-    base_digest = f"{fingerprint(parts.denoiser)} {texts.states.fingerprint} {fingerprint(parts.vae)}"
+    base_digest = f"{fingerprint(parts.denoiser, cache)} {texts.states.fingerprint} {fingerprint(parts.vae, cache)}"
     adapters = attach_adapters(parts, config)
     flat = FlatParameters({c: by_path.values() for c, by_path in adapters.items()}, precision.dtype)
     rates = resolve_learning_rates(config, parts)
@@ -144,13 +137,7 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: 
         reporter=reporter,
         world=world,
     )
-    packs, why = choose_packing(denoiser, config.train.pack_weights, device, ladder.room)
-    if packs:
-        pack(denoiser)
-    if device.type == "cpu":
-        reporter.say(f"Weights {'packed' if packs else 'not packed'} for oneDNN: {why}.")
-    elif config.train.pack_weights == "on":
-        reporter.warn(f"train.pack_weights has no effect on {device.type}; it is for CPUs")
+    _pack(parts, config, ladder.room, reporter)
     session = Session(
         config=config,
         run=run,
@@ -172,14 +159,7 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: 
     if checkpoint:
         session.resume(checkpoint)
         reporter.say(f"Resumed at step {session.start} of {plan.total_steps}")
-    if device.type == "cuda":
-        if not config.train.deterministic:
-            _choose_layout(session, reporter)
-        obstacles = ["the base waits in main memory"] if ladder.rung.offload else []
-        recorded, why = record_steps(session.engine, config, reporter.warn, obstacles)
-        reporter.say(f"CUDA graphs {'on' if recorded else 'off'}: {why}.")
-    elif config.train.cuda_graph == "on":
-        raise ConfigError(f"train.cuda_graph is on, and this is {device.type}, not CUDA; use auto")
+    _record(session, reporter)
     world.require_same(session.facts())
     world.first(lambda: _require_space(run, plan, config, flat.values.numel()))
     world.first(lambda: claim(run, config, base=base.name, anew=resume is None))
@@ -189,6 +169,47 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: 
         session.board = Board(run.root / "tensorboard")
     reporter.say(f"Run folder: {run.root}")
     return session
+
+
+def _install_attention(
+    parts: Parts, config: Config, cache: Cache, name: str, reason: str
+) -> tuple[Fastest | None, str]:
+    """Puts the attention that was chosen to work; returns what chooses among kernels, if any, and what to say."""
+    denoiser: Any = parts.denoiser
+    if name == "xformers":
+        denoiser.enable_xformers_memory_efficient_attention()
+        return None, f"{name} ({reason})"
+    choose = config.train.attention == "auto" and (parts.device.type == "cpu" or not config.train.deterministic)
+    kernels = install_attention(denoiser, parts.dtype, cache, choose=choose)
+    if kernels:
+        reason = f"for each size what is quickest here of {', '.join(kernels.candidates)}"
+    return kernels, f"{name} ({reason})"
+
+
+def _pack(parts: Parts, config: Config, room: int | None, reporter: Reporter) -> None:
+    """Packs the denoiser's weights where that is wanted and fits, and says so."""
+    wanted, device = config.train.pack_weights, parts.device
+    packs, why = choose_packing(parts.denoiser, wanted, device, room)
+    if packs:
+        pack(parts.denoiser)
+    if device.type == "cpu":
+        reporter.say(f"Weights {'packed' if packs else 'not packed'} for oneDNN: {why}.")
+    elif wanted == "on":
+        reporter.warn(f"train.pack_weights has no effect on {device.type}; it is for CPUs")
+
+
+def _record(session: Session, reporter: Reporter) -> None:
+    """On CUDA, chooses how convolutions lie and lets steps be recorded."""
+    config, device = session.config, session.parts.device
+    if device.type != "cuda":
+        if config.train.cuda_graph == "on":
+            raise ConfigError(f"train.cuda_graph is on, and this is {device.type}, not CUDA; use auto")
+        return
+    if not config.train.deterministic:
+        _choose_layout(session, reporter)
+    obstacles = ["the base waits in main memory"] if session.ladder.rung.offload else []
+    recorded, why = record_steps(session.engine, config, reporter.warn, obstacles)
+    reporter.say(f"CUDA graphs {'on' if recorded else 'off'}: {why}.")
 
 
 def _choose_layout(session: Session, reporter: Reporter, **how: Any) -> None:

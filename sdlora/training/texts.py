@@ -57,27 +57,26 @@ class Texts:
 
     def compose(self, example: Example, step: int, position: int) -> str:
         """Returns the caption of an example as it is used at a step."""
-        data = self.config.data
-        return compose(
-            example.caption,
-            trigger=data.trigger,
-            prefix=data.caption_prefix,
-            suffix=data.caption_suffix,
-            shuffle=data.shuffle_tags,
-            keep=data.keep_tags,
-            dropout=data.caption_dropout,
-            rng=generator(self.config.train.seed, "caption", step, position),
-        )
+        data, rng = self.config.data, generator(self.config.train.seed, "caption", step, position)
+        return self._composed(example, rng, data.shuffle_tags, data.keep_tags, data.caption_dropout)
 
     def whole(self, example: Example) -> str:
         """Returns the caption of an example with nothing shuffled or left out."""
+        return self._composed(example, generator("length"))
+
+    def _composed(
+        self, example: Example, rng: torch.Generator, shuffle: bool = False, keep: int = 0, dropout: float = 0.0
+    ) -> str:
         data = self.config.data
         return compose(
             example.caption,
             trigger=data.trigger,
             prefix=data.caption_prefix,
             suffix=data.caption_suffix,
-            rng=generator("length"),
+            shuffle=shuffle,
+            keep=keep,
+            dropout=dropout,
+            rng=rng,
         )
 
     def overlong(self, examples: Sequence[Example]) -> list[str]:

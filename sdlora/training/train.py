@@ -23,7 +23,6 @@ from sdlora.training.interrupt import StopSignal
 from sdlora.training.lock import Heartbeat, Lock
 from sdlora.training.lr import learning_rate_factor
 from sdlora.training.meter import Meter
-from sdlora.training.previews import Previews
 from sdlora.training.progress import Reporter
 from sdlora.training.room_on_disk import give_up_reserve
 from sdlora.training.session import Session
@@ -105,11 +104,9 @@ def train(
         if previews:
             previews.without(reporter)
         stop = StopSignal()
-        if previews:
-            previews.stopped = lambda: stop.requested
+        session.listen_to(stop)
         watch = _Watch(session, Meter(plan), reporter, stop)
         with stop.listening():
-            session.until = lambda: stop.requested
             reporter.begin("training", plan.total_steps, step)
             while step < plan.total_steps and step != config.train.stop_at and not watch.stopping:
                 # Gradients and update. The numbers are read one step later, so that a GPU never waits for Python.
@@ -117,10 +114,11 @@ def train(
                 loss, asked, names = session.ladder.run(partial(step_gradients, session, step, stop.requested))
                 norm = session.engine.update(loss)
                 step += 1
+                halts = plan.saves_after(step - 1) or plan.samples_after(step - 1)
                 try:
-                    watch.note(_Numbers(step, rate, loss, norm, asked, names), previews)
-                    if step == plan.total_steps or plan.saves_after(step - 1) or plan.samples_after(step - 1):
-                        watch.catch_up(previews)
+                    watch.note(_Numbers(step, rate, loss, norm, asked, names))
+                    if halts or step == plan.total_steps:
+                        watch.catch_up()
                 except _NotFinite as trouble:
                     step = saved = _go_back(session, trouble, saved, reporter)
                     watch = _Watch(session, Meter(plan), reporter, stop)
@@ -130,20 +128,12 @@ def train(
                     heartbeat.beat(step)
 
                 # Once in a while: LoRA file, checkpoint, samples. The last step's come below.
-                if step < plan.total_steps and (plan.saves_after(step - 1) or plan.samples_after(step - 1)):
+                if halts and step < plan.total_steps:
                     reporter.end()
-                    epoch = step // plan.steps_per_epoch
-                    file = run.epoch_lora(epoch)
-                    if world.is_first:
-                        session.write(lambda f=file, s=step: session.exporter.export(f, s))
-                    if plan.saves_after(step - 1):
-                        session.save(step)
-                        saved = step
-                    if previews and plan.samples_after(step - 1):
-                        previews.with_lora(file, epoch, reporter)
+                    saved = _halt(session, step, reporter) or saved
                     reporter.begin("training", plan.total_steps, step)
                     watch.meter.skip_pause()
-            watch.catch_up(previews)
+            watch.catch_up()
             reporter.end()
             result = world.first(lambda: _finish(session, step, watch.stopping, started, reporter))
         if heartbeat:
@@ -155,8 +145,6 @@ def train(
             f"out of GPU memory with batches of {config.data.batch_size}, although all was saved that the settings "
             "allow; leave --micro-batch, --base-dtype and --offload to sdlora, or try a smaller --resolution"
         ) from error
-    except _NotFinite as trouble:
-        raise TrainingError(str(trouble)) from None
     finally:
         reporter.end()
         if heartbeat:
@@ -218,8 +206,8 @@ class _Numbers:
     names: list[str]
 
 
-class _NotFinite(Exception):
-    """Several steps in a row had a loss or gradient that is not finite; the message says which and what to do."""
+class _NotFinite(TrainingError):
+    """Several steps in a row had a loss or gradient that is not finite."""
 
 
 class _Watch:
@@ -240,14 +228,14 @@ class _Watch:
         """Whether to stop. Several processes stop together, by what came with a step's sums."""
         return self.stop.requested if self.session.world.size == 1 else self._asked
 
-    def note(self, numbers: _Numbers, previews: Previews | None) -> None:
+    def note(self, numbers: _Numbers) -> None:
         """Takes the numbers of a step, and reads those of the step before; on a CPU both."""
-        self.catch_up(previews)
+        self.catch_up()
         self._waiting = numbers
         if numbers.loss.device.type == "cpu":
-            self.catch_up(previews)
+            self.catch_up()
 
-    def catch_up(self, previews: Previews | None) -> None:
+    def catch_up(self) -> None:
         """Reads what was not read yet.
 
         Raises:
@@ -269,6 +257,7 @@ class _Watch:
                 "images_per_second": round(self.meter.images_per_second, 2),
             }
         )
+        previews = self.session.previews
         self.reporter.advance(self.meter.note(step, numbers.rate, previews.seconds if previews else 0.0))
         finite = math.isfinite(loss) and math.isfinite(norm)
         self._bad = 0 if finite else self._bad + 1
@@ -298,7 +287,7 @@ def _go_back(session: Session, trouble: _NotFinite, saved: int, reporter: Report
     """
     reporter.end()
     if session.slowdown < 1 or not saved:
-        raise TrainingError(str(trouble)) from None
+        raise trouble
     session.world.barrier()
     checkpoint, _ = latest_checkpoint(session.run.checkpoints)
     session.resume(checkpoint)
@@ -307,6 +296,20 @@ def _go_back(session: Session, trouble: _NotFinite, saved: int, reporter: Report
         f"{trouble}\nGoing back to step {checkpoint.step} with half the learning rate; next time the run ends"
     )
     return checkpoint.step
+
+
+def _halt(session: Session, step: int, reporter: Reporter) -> int | None:
+    """Writes what is due in between: LoRA file, checkpoint, samples; returns the step if it has a checkpoint now."""
+    plan, saves = session.plan, session.plan.saves_after(step - 1)
+    epoch = step // plan.steps_per_epoch
+    file = session.run.epoch_lora(epoch)
+    if session.world.is_first:
+        session.write(lambda: session.exporter.export(file, step))
+    if saves:
+        session.save(step)
+    if session.previews and plan.samples_after(step - 1):
+        session.previews.with_lora(file, epoch, reporter)
+    return step if saves else None
 
 
 def _finish(session: Session, step: int, interrupted: bool, started: float, reporter: Reporter) -> Result:
