@@ -53,3 +53,11 @@ def plain(layer: Any) -> bool:
         and layer.rescale_output_factor == 1.0
         and getattr(layer.to_out[1], "p", 0.0) == 0.0
     )
+
+
+def attend_with(kernel: Kernel, denoiser: Any) -> None:
+    """Lets every plain attention layer of a denoiser compute with a kernel."""
+    processor = Processor(kernel)
+    for module in denoiser.modules():
+        if hasattr(module, "set_processor") and hasattr(module, "to_q") and plain(module):
+            module.processor = processor

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sdlora.adapters import Lora, inject
-from sdlora.attention.processor import Processor, plain
+from sdlora.attention.processor import attend_with
 from sdlora.families import Conditioning, Parts
 from sdlora.families.folders import quiet
 from sdlora.frozen.quantized import FORMATS
@@ -145,9 +145,7 @@ def measure_activations(
     denoiser: Any = parts.denoiser
     with torch.device("meta"), quiet():
         model = type(denoiser).from_config(denoiser.config).to(parts.dtype)
-        for module in model.modules():
-            if hasattr(module, "set_processor") and hasattr(module, "to_q") and plain(module):
-                module.processor = Processor(_attend)
+        attend_with(_attend, model)
         layers = {path: model.get_submodule(path) for path in adapters}
         for lora in inject(model, layers, lambda path, layer: Lora(layer, adapters[path].rank)).values():
             lora.working = lora.down.to(parts.dtype), lora.up.to(parts.dtype)

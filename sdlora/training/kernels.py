@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sdlora.attention.choose import Fastest, candidates, sdpa
-from sdlora.attention.processor import Processor, plain
+from sdlora.attention.processor import attend_with
 from sdlora.data.cache import Cache
 from sdlora.frozen import freeze_layers
 from sdlora.frozen.packed import PackedConv2d, PackedLinear
@@ -86,10 +86,7 @@ def install_attention(
     choice = Fastest(found) if found else None
     if choice and cache:
         _keep_choices(choice, cache, Cache.key("attention", sorted(choice.candidates), str(dtype), *_machine(device)))
-    processor = Processor(choice or sdpa)
-    for module in denoiser.modules():
-        if hasattr(module, "set_processor") and hasattr(module, "to_q") and plain(module):
-            module.processor = processor
+    attend_with(choice or sdpa, denoiser)
     return choice
 
 
