@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK_BYTES = 4 << 20
-"""Of scores at a time: they should stay in the processor's cache between the products."""
+BLOCK_BYTES = 64 << 20
+"""Of scores at a time. Blocks of 4 to 64 MB are as fast as each other (4096 x 4096, 8 heads, two cores: 323 to 348 ms
+forward and backward; 1 MB: 386 ms), and fewer blocks are fewer operations."""
 SAMPLE = 16
 """Every how many keys one is looked at to guess a row's largest score."""
 

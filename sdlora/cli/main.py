@@ -10,6 +10,7 @@ import click
 
 from sdlora import __version__
 from sdlora.cli.lazy import LazyGroup
+from sdlora.cli.tuning import tune_process
 from sdlora.errors import SdloraError
 
 COMMANDS = {
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
+    tune_process()
     _quiet_libraries()
     _print_anything()
     try:

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
 from sdlora.adapters import Lora, inject
-from sdlora.errors import ConfigError
+from sdlora.errors import ConfigError, SdloraError
 from sdlora.training.device import DTYPES
 from tools.bench import contest, measure
+from tools.bench.apart import Apart
 from tools.bench.bases import load_base
 from tools.bench.check import Gradients, compare, objection
 from tools.bench.contest import Contest, build_reference, exact_gradients, prepare
@@ -90,6 +91,36 @@ def test_equal_sides_are_found_equal(row, device, twins):
     plain = complete(asdict(found), flop=10, rate=2.0)
     assert plain["operations_ratio"] == 1
     assert plain["sides"][OURS]["share_of_peak"] == pytest.approx(5 / ours.seconds.median)
+
+
+def test_sides_in_processes_of_their_own_find_the_same(row, device):
+    """All numbers that do not depend on the clock, and the memory of each."""
+    row = replace(row, side=128)  # below that one token attends to itself, and its gradients are rounding alone
+    together = Contest(row, device).run(rounds=3, limit=0)
+    contest = Contest(row, device, apart=1)
+    apart = contest.run(rounds=3, limit=0)
+    processes = [side._process for side in contest.ready.values()]
+    contest.release()
+    assert [process.returncode for process in processes] == [0, 0]
+    for name in (OURS, REFERENCE):
+        found, expected = apart.sides[name], together.sides[name]
+        assert found.operations == expected.operations and found.notes == expected.notes
+        assert found.worst_cosine == pytest.approx(expected.worst_cosine, abs=1e-6)
+        assert found.peak_bytes > 0 and found.seconds is not None
+    assert apart.checked and apart.ratio is not None
+
+
+def test_a_side_that_fails_is_told(row, device):
+    with pytest.raises(SdloraError, match="the process of sdlora ended with code 1"):
+        Apart(OURS, replace(row, base_dtype="int3"), SideResult(), threads=1)
+
+
+def test_a_killed_side_is_told(row, device):
+    side = Apart(REFERENCE, row, SideResult(), threads=1)
+    side._process.kill()
+    with pytest.raises(SdloraError, match="the process of reference was killed by the system, probably for memory"):
+        side.step()
+    side.end()
 
 
 def test_wrong_gradients_are_not_timed(row, device, quick):
@@ -202,7 +233,7 @@ def test_checkpointing_changes_the_work_and_not_the_result(row, device):
 def test_gradients_stay_what_they_were_when_the_side_goes_on(row, device):
     contender = prepare(build_ours, row, device, SideResult())
     before = {path: (down.clone(), up.clone()) for path, (down, up) in contender.gradients.factors.items()}
-    contender.eager_step()
+    contender.step()
     for path, pair in contender.gradients.factors.items():
         assert all(torch.equal(a, b) for a, b in zip(pair, before[path], strict=True))
 

@@ -15,7 +15,7 @@ import torch
 from sdlora.errors import ConfigError, SdloraError
 from tools.bench.floor import count_flop
 from tools.bench.report import table, write_readme, write_report
-from tools.bench.results import OURS, REFERENCE, complete
+from tools.bench.results import complete
 from tools.bench.rows import Row, choose_rows
 from tools.bench.worker import WorkerError, run_job
 
@@ -74,9 +74,6 @@ def _run(options: argparse.Namespace) -> None:
 
 def _measure(row: Row, rate: float, options: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
     found = run_job("speed", **job, rounds=options.pairs, limit=options.row_seconds)
-    for name in (REFERENCE, OURS) if job["device"] == "cpu" and not found["objection"] else ():
-        if not found["sides"][name]["problem"]:
-            found["sides"][name] |= run_job("memory", **job, side=name)
     return complete(found, count_flop(row), rate)
 
 

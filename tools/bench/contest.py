@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import cycle
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from sdlora.errors import SdloraError
 from sdlora.families import Parts
 from sdlora.families.folders import quiet
+from tools.bench.apart import Apart
 from tools.bench.bases import load_base
 from tools.bench.check import Gradients, compare, compute, objection
 from tools.bench.inputs import Inputs, make_factors, make_inputs
@@ -43,7 +45,34 @@ def build_reference(row: Row, parts: Parts) -> Side:
 BUILDERS: Mapping[str, Build] = {OURS: build_ours, REFERENCE: build_reference}
 
 
-@dataclass(frozen=True)
+class Entrant(Protocol):
+    """A side that has done its first steps, in this process or in one of its own."""
+
+    gradients: Gradients
+
+    @property
+    def notes(self) -> list[str]:
+        """What the side says of how it computes."""
+        ...
+
+    def step(self) -> None:
+        """Does an optimizer step on the next batch."""
+        ...
+
+    def operations(self) -> int:
+        """Returns how many operations an optimizer step dispatches when nothing is recorded."""
+        ...
+
+    def frozen_weights(self) -> dict[str, Tensor]:
+        """Returns the weights that the side computes with where they are not the base's own, by layer."""
+        ...
+
+    def end(self) -> None:
+        """Lets go of what it holds beyond its own memory."""
+        ...
+
+
+@dataclass
 class Contender:
     """A side that has done its first steps.
 
@@ -57,21 +86,36 @@ class Contender:
     inputs: list[Inputs]
     gradients: Gradients
 
-    def stepper(self) -> Callable[[], object]:
-        """Returns a function that does an optimizer step on the next batch."""
-        batches = cycle(self.inputs)
+    @cached_property
+    def _batches(self) -> Iterator[Inputs]:
+        return cycle(self.inputs)
 
-        def step() -> object:
-            batch = next(batches)
-            return self.side.step(batch.drawn, batch.conditioning)
+    @property
+    def notes(self) -> list[str]:
+        """What the side says of how it computes."""
+        return list(self.side.notes)
 
-        return step
+    def step(self) -> None:
+        """Does an optimizer step on the next batch."""
+        batch = next(self._batches)
+        self.side.step(batch.drawn, batch.conditioning)
 
-    def eager_step(self) -> None:
-        """Does an optimizer step operation by operation."""
+    def operations(self) -> int:
+        """Returns how many operations an optimizer step dispatches when nothing is recorded."""
+        self._eager_step()  # what happens only once shall not be counted
+        return count_operations(self._eager_step)
+
+    def _eager_step(self) -> None:
         batch = self.inputs[0]
         self.side.forward_backward(batch.drawn, batch.conditioning)
         self.side.update()
+
+    def frozen_weights(self) -> dict[str, Tensor]:
+        """Returns the weights that the side computes with where they are not the base's own, by layer."""
+        return self.side.frozen_weights()
+
+    def end(self) -> None:
+        """Does nothing: what is not referred to any more is freed."""
 
 
 def prepare(build: Build, row: Row, device: torch.device, found: SideResult) -> Contender:
@@ -88,13 +132,12 @@ def prepare(build: Build, row: Row, device: torch.device, found: SideResult) -> 
     side.set_factors(factors)
     contender = Contender(side, inputs, compute(side, inputs[0]))
     side.update()
-    step = contender.stepper()
     for _ in range(SETTLING):
-        step()
+        contender.step()
     wait(device)
     found.building_bytes = peak.bytes
     peak.reset()
-    step()
+    contender.step()
     wait(device)
     found.peak_bytes = peak.bytes
     return contender
@@ -109,6 +152,8 @@ class Contest:
         device: where.
         builders: what builds the sides, in this order.
         result: what was found so far.
+        apart: whether each side has a process of its own, with so many threads, 0 for torch's number; `None`: all
+            compute in this process, as on a GPU, where the memory that counts is the device's.
         ready: the sides that are in memory now.
     """
 
@@ -116,10 +161,11 @@ class Contest:
     device: torch.device
     builders: Mapping[str, Build] = field(default_factory=lambda: BUILDERS)
     result: RowResult = field(default_factory=RowResult)
-    ready: dict[str, Contender] = field(default_factory=dict)
+    apart: int | None = None
+    ready: dict[str, Entrant] = field(default_factory=dict)
 
     def run(self, *, rounds: int, limit: float) -> RowResult:
-        """Measures the row; on the CPU all but the memory, for which each side needs a process of its own.
+        """Measures the row; on the CPU all but the memory, unless each side has a process of its own.
 
         Args:
             rounds: how often each side takes its turn.
@@ -129,14 +175,15 @@ class Contest:
         self._check({name: found for name, found in gradients.items() if found})
         if not self.result.objection:
             self._time(rounds, limit)
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and self.apart is None:
             for side in self.result.sides.values():
                 side.peak_bytes = side.building_bytes = None
         return self.result
 
     def release(self) -> None:
         """Lets go of all sides and the memory that they took."""
-        self.ready.clear()
+        for name in list(self.ready):
+            self.ready.pop(name).end()
         free(self.device)
 
     def _fit(self, make: Callable[[], T]) -> T:
@@ -146,28 +193,33 @@ class Contest:
         self.release()  # not while the error is handled: it holds what was half made
         return make()
 
-    def _prepare(self, name: str) -> Contender:
+    def _prepare(self, name: str) -> Entrant:
         if name not in self.ready:
-            found = self.result.sides[name]
-            contender = self._fit(lambda: prepare(self.builders[name], self.row, self.device, found))
+            contender = self._fit(lambda: self._make(name))
             self.ready[name] = contender
         return self.ready[name]
+
+    def _make(self, name: str) -> Entrant:
+        found = self.result.sides[name]
+        if self.apart is not None:
+            return Apart(name, self.row, found, self.apart)
+        return prepare(self.builders[name], self.row, self.device, found)
 
     def _first_steps(self, name: str) -> Gradients | None:
         """Returns what a side computes for the first batch; `None` if it does not fit or cannot be built."""
         found = self.result.sides[name]
         try:
             contender = self._prepare(name)
-            contender.eager_step()  # what happens only once shall not be counted
-            found.operations = count_operations(contender.eager_step)
-            found.notes = list(contender.side.notes)
+            found.operations = contender.operations()
+            found.notes = contender.notes
         except torch.OutOfMemoryError:
             found.problem = OUT_OF_MEMORY
         except SdloraError as error:
             found.problem = str(error)
         else:
             return contender.gradients
-        self.ready.pop(name, None)
+        if name in self.ready:
+            self.ready.pop(name).end()
         free(self.device)
         return None
 
@@ -175,7 +227,7 @@ class Contest:
         """Compares the gradients with those of an fp32 run over the weights that sdlora computes with."""
         if OURS not in gradients:
             return
-        weights = self._prepare(OURS).side.frozen_weights()
+        weights = self._prepare(OURS).frozen_weights()
         try:
             truth = self._fit(lambda: exact_gradients(self.row, self.device, weights))
         except torch.OutOfMemoryError:
@@ -197,7 +249,7 @@ class Contest:
             alone = []
             for name in names:
                 self.release()
-                alone.append(take_turns({name: self._prepare(name).stepper()}, rounds=rounds, limit=limit / 2))
+                alone.append(take_turns({name: self._prepare(name).step}, rounds=rounds, limit=limit / 2))
             times = one_after_the_other(alone)
             self.result.together = False
         for name, seconds in times.seconds.items():
@@ -209,7 +261,7 @@ class Contest:
 
     def _together(self, names: list[str], rounds: int, limit: float) -> Rounds | None:
         with suppress(torch.OutOfMemoryError):
-            steps = {name: self._prepare(name).stepper() for name in names}
+            steps = {name: self._prepare(name).step for name in names}
             if len(self.ready) == len(names):  # else the last one pushed another out
                 return take_turns(steps, rounds=rounds, limit=limit, device=self.device)
         return None

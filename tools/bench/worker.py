@@ -19,10 +19,9 @@ import torch
 
 from sdlora.errors import SdloraError
 from sdlora.training.device import DTYPES
-from tools.bench.contest import BUILDERS, Contest, prepare
+from tools.bench.contest import Contest
 from tools.bench.environment import environment
 from tools.bench.floor import gemm_rate
-from tools.bench.results import SideResult
 from tools.bench.rows import ROWS, Row
 
 PRECISIONS = ("bf16", "fp32")
@@ -38,19 +37,19 @@ def machine(device: torch.device, **_: Any) -> dict[str, Any]:
     return {"environment": environment(device), "flop_per_second": rates}
 
 
-def speed(device: torch.device, row: Row, rounds: int, limit: float, **_: Any) -> dict[str, Any]:
-    """Returns all that is measured of a row, on the CPU without the memory."""
-    return asdict(Contest(row, device).run(rounds=rounds, limit=limit))
+def speed(
+    device: torch.device, row: Row, rounds: int, limit: float, threads: int | None = None, **_: Any
+) -> dict[str, Any]:
+    """Returns all that is measured of a row."""
+    apart = (threads or 0) if device.type == "cpu" else None
+    contest = Contest(row, device, apart=apart)
+    try:
+        return asdict(contest.run(rounds=rounds, limit=limit))
+    finally:
+        contest.release()
 
 
-def memory(device: torch.device, row: Row, side: str, **_: Any) -> dict[str, Any]:
-    """Returns the memory that one side of a row takes."""
-    found = SideResult()
-    prepare(BUILDERS[side], row, device, found)
-    return {"peak_bytes": found.peak_bytes, "building_bytes": found.building_bytes}
-
-
-JOBS: Mapping[str, Callable[..., dict[str, Any]]] = {"machine": machine, "speed": speed, "memory": memory}
+JOBS: Mapping[str, Callable[..., dict[str, Any]]] = {"machine": machine, "speed": speed}
 
 
 def run_job(job: str, *, timeout: float | None = None, **options: object) -> dict[str, Any]:
@@ -85,14 +84,13 @@ def main() -> None:
     parser.add_argument("--result", type=Path, required=True)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--row", type=ROWS.__getitem__)
-    parser.add_argument("--side", choices=BUILDERS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--limit", type=float, default=60.0)
     parser.add_argument("--threads", type=int)
     options = vars(parser.parse_args())
-    job, result, threads = (options.pop(name) for name in ("job", "result", "threads"))
-    if threads:
-        torch.set_num_threads(threads)
+    job, result = (options.pop(name) for name in ("job", "result"))
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
     result.write_text(json.dumps(JOBS[job](**options)), encoding="utf-8")
 
 
