@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from sdlora.cli.startup import import_models
 from sdlora.config import Config
 from sdlora.config_io import load_config
 
@@ -31,6 +32,7 @@ def command(output: Path | None, steps: int) -> None:
 
     Needs no GPU and no download: the embedded miniature base is used. Takes a few minutes.
     """
+    import_models()
     from sdlora.cli.train import describe
     from sdlora.training.progress import duration, terminal_reporter
     from sdlora.training.train import train

@@ -12,6 +12,7 @@ import click
 
 from sdlora import __version__
 from sdlora.cli.lora_files import read_weighed
+from sdlora.cli.startup import import_models
 from sdlora.config import SamplesSection
 from sdlora.errors import ConfigError
 
@@ -125,6 +126,7 @@ def command(
     A prompt may carry options of its own: --w --h (size), --d (seed), --l (CFG), --s (steps), --n (negative), --ss
     (sampler).
     """  # noqa: D301 - click needs the real \b
+    import_models()
     from sdlora.families.text import clip_skip_notes
     from sdlora.sampling.prompts import Prompt, parse_prompt, read_prompts, resolve
     from sdlora.sampling.samplers import sampler_name

@@ -1,7 +1,7 @@
 """Imports the model classes of diffusers and transformers without what those libraries bring along for other models.
 
 Both import, for one UNet, all of their hundred models, and torch's compiler and tensor parallelism besides. Without
-that the first step comes after 3.6 s instead of 4.5 s (nano, all cached, medians of 6 turns). Here the packages that
+that and what `_skip_what_is_not_used` skips, TODO. Here the packages that
 list all models stay unread, and modules that nothing here runs are stood in for until somebody uses them. Afterwards no
 trace is left in `sys.modules`: whoever asks for one of these modules gets the real one. If a library has been
 rearranged so that this fails, it is imported in the ordinary way.
@@ -64,7 +64,24 @@ def import_models() -> bool:
                 if name.partition(".")[0] in _LIBRARIES:
                     del sys.modules[name]
             return False
+    _skip_what_is_not_used()
     return True
+
+
+def _skip_what_is_not_used() -> None:
+    """Keeps two libraries out of the first step that would be loaded only to find that there is nothing to do.
+
+    Optimizers load torch's compiler, 0.5 s, to have it pass over their methods. A denoiser loads peft, 0.4 s, to set
+    the strength of peft's adapters, and the command line has none: its adapters are sdlora's own.
+    """
+    import diffusers.utils
+    from torch.optim import Optimizer
+
+    for name in ("add_param_group", "state_dict", "load_state_dict"):
+        plain = getattr(getattr(Optimizer, name), "__wrapped__", None)
+        if plain is not None:
+            plain.__dict__.setdefault("__dynamo_disable", plain)  # where torch keeps what it has found out
+    diffusers.utils.USE_PEFT_BACKEND = False  # type: ignore[reportPrivateImportUsage]
 
 
 @contextmanager

@@ -233,7 +233,7 @@ def _try_attention(name: str, attend: Callable[..., Tensor], device: torch.devic
 
 def _attend_and_back(attend: Callable[..., Tensor], qkv: list[Tensor]) -> bool:
     y = attend(*qkv)
-    gradients = torch.autograd.grad(y, qkv, torch.ones_like(y))
+    gradients = torch.autograd.grad(y.sum(), qkv)
     return all(bool(t.isfinite().all()) for t in (y, *gradients))
 
 
