@@ -9,8 +9,8 @@ import sys
 import click
 
 from sdlora import __version__
+from sdlora.allocator import keep_freed_memory
 from sdlora.cli.lazy import LazyGroup
-from sdlora.cli.tuning import tune_process
 from sdlora.errors import SdloraError
 
 COMMANDS = {
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
-    tune_process()
+    keep_freed_memory()
     _quiet_libraries()
     _print_anything()
     try:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute_later
 
+from sdlora.allocator import return_freed_memory
 from sdlora.frozen.offloaded import offload
 from sdlora.frozen.quantized import FORMATS, Quantized, quantize
 
@@ -89,6 +90,7 @@ def put_to_work(denoiser: nn.Module, rung: Rung, device: torch.device, *, dropou
     said = []
     if rung.base_dtype != "auto":
         said.append(quantize_base(denoiser, rung.base_dtype))
+        return_freed_memory()
     if rung.offload:
         said.append(offload_base(denoiser, device))
     return " ".join(filter(None, said))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sdlora.adapters import FlatParameters, Lora, Target, find_layers, inject
+from sdlora.allocator import return_freed_memory
 from sdlora.attention.choose import Fastest
 from sdlora.config import Config
 from sdlora.data.cache import Cache, fingerprint
@@ -168,6 +169,7 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: 
     if config.output.tensorboard and world.is_first:
         session.board = Board(run.root / "tensorboard")
     reporter.say(f"Run folder: {run.root}")
+    return_freed_memory()
     return session
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from sdlora.cli.tuning import tune_process
+from sdlora.allocator import keep_freed_memory
 from sdlora.errors import SdloraError
 
 if TYPE_CHECKING:  # torch is imported after the process is set up
@@ -132,6 +132,6 @@ def _receive(pipe: Connection) -> Any:
 if __name__ == "__main__":
     side, fd = sys.argv[1:]
     if side == "sdlora":
-        tune_process()
+        keep_freed_memory()
     serve(Connection(int(fd)), side)
     os._exit(0)  # gigabytes are given back faster by the system than by Python

@@ -1,4 +1,4 @@
-"""The process of the command line keeps the memory that a step frees."""
+"""The process of the command line keeps the memory that a step frees, and no more than that."""
 
 import ctypes
 import json
@@ -14,9 +14,9 @@ needs_glibc = pytest.mark.skipif(
 
 COUNT_FAULTS = """
 import json, os, resource, statistics, sys
-from sdlora.cli.tuning import tune_process
+from sdlora.allocator import keep_freed_memory
 if sys.argv[1] == "tuned":
-    tune_process()
+    keep_freed_memory()
 import torch
 from tools.bench.contest import build_ours, prepare
 from tools.bench.results import SideResult
