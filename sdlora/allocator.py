@@ -5,6 +5,8 @@ page by page, zeroed: 20 000 faults a step of SD 1.5 at 256 x 256 pixels, 60 000
 than 1 000, and the peak of the memory is the same.
 """
 
+from __future__ import annotations
+
 import ctypes
 import os
 import sys

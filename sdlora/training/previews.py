@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sdlora import __version__
 from sdlora.adapters import Lora, merged, strength
+from sdlora.allocator import return_freed_memory
 from sdlora.atomic import replacing
 from sdlora.config import Config
 from sdlora.data.captions import compose
@@ -217,6 +218,7 @@ class Previews:
     ) -> list[Image.Image]:
         """Decodes a round and writes its pictures."""
         images = decode(self.parts, latents, self.prompts, vae)
+        return_freed_memory()  # a VAE takes more than a step
         for file, prompt, image in zip(self._files(name), self.prompts, images, strict=True):
             with replacing(file) as path:
                 image.save(path, pnginfo=png_info(self._text(prompt, loras, _name(vae))))

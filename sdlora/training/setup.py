@@ -34,6 +34,7 @@ from sdlora.training.plan import Plan, make_plan
 from sdlora.training.precision import choose_attention, choose_device, choose_precision
 from sdlora.training.previews import Previews, sample_prompts
 from sdlora.training.progress import Reporter
+from sdlora.training.resnet import simplify_resnets
 from sdlora.training.room import leave_device, make_ladder
 from sdlora.training.room_on_disk import reserve
 from sdlora.training.session import Adapters, Session
@@ -90,6 +91,7 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: 
     choose_threads(parts, config.train.threads)
     with torch.no_grad():
         parts.family.encode_prompts(parts, [""], config.base.clip_skip)  # fails now if the encoder has fewer layers
+    simplify_resnets(parts.denoiser)
     kernels, said = _install_attention(parts, config, cache, *attention)
     reporter.say(f"Precision: {precision.word} ({precision.reason}). Attention: {said}.")
     reporter.begin("caching latents", len(pictures.examples))

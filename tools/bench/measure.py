@@ -14,7 +14,7 @@ import torch
 RESAMPLES = 2000
 MIN_ROUNDS = 3
 """Rounds that are measured even if the time is used up, so that there is a spread."""
-SHORTEST_TURN = 0.25
+SHORTEST_TURN = 1.0
 """Seconds. Steps are repeated within a turn until they take about that long, so that the clock and the wait for the
 device count for nothing."""
 

@@ -17,6 +17,7 @@ from sdlora.training.engine import Engine
 from sdlora.training.graph import record_steps
 from sdlora.training.kernels import choose_packing, install_attention, pack
 from sdlora.training.optimizers import BASE_LEARNING_RATE, make_optimizer
+from sdlora.training.resnet import simplify_resnets
 from sdlora.training.savings import Rung, put_to_work
 from sdlora.training.setup import attach_adapters
 from sdlora.training.step import Draw
@@ -69,6 +70,7 @@ class Ours:
     def __init__(self, parts: Parts, config: Config, savings: Rung) -> None:
         denoiser = parts.denoiser
         self.parts = parts
+        simplify_resnets(denoiser)
         self.kernels = install_attention(denoiser, parts.dtype)
         self.adapters = attach_adapters(parts, config)["denoiser"]
         self.flat = FlatParameters({"denoiser": self.adapters.values()}, parts.dtype)

@@ -30,10 +30,11 @@ HEADS = (
 NOTHING = "–"
 LEGEND = """\
 LoRA of rank 16 in the attention layers; cached latents and text on both sides. The reference is diffusers and peft
-under bf16 autocast with torch's AdamW, as diffusers' example trains. Both took turns in one run; brackets hold a 95
-% interval of the rounds' ratios. Of the peak: the FLOP of forward, backward-data and attention, over what the best
-product of that machine reaches. Memory: the peak of a step, weights included. Operations: dispatched, views left
-out. Cosine: of a tensor's gradient with that of an fp32 run."""
+under bf16 autocast with torch's AdamW, as diffusers' example trains. Both took turns in one run, on a CPU each in a
+process of its own, sdlora's set up as `sdlora train` sets up its own; brackets hold a 95 % interval of the rounds'
+ratios. Of the peak: the FLOP of forward, backward-data and attention, over what the best product of that machine
+reaches. Memory: the peak of a step, weights included. Operations: dispatched, views left out. Cosine: of a tensor's
+gradient with that of an fp32 run."""
 Found = Mapping[str, Any]
 
 
