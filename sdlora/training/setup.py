@@ -91,7 +91,6 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: 
     choose_threads(parts, config.train.threads)
     with torch.no_grad():
         parts.family.encode_prompts(parts, [""], config.base.clip_skip)  # fails now if the encoder has fewer layers
-    simplify_resnets(parts.denoiser)
     kernels, said = _install_attention(parts, config, cache, *attention)
     reporter.say(f"Precision: {precision.word} ({precision.reason}). Attention: {said}.")
     reporter.begin("caching latents", len(pictures.examples))
@@ -115,6 +114,7 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: 
     # What trains.
     base_digest = f"{fingerprint(parts.denoiser, cache)} {texts.states.fingerprint} {fingerprint(parts.vae, cache)}"
     adapters = attach_adapters(parts, config)
+    simplify_resnets(parts.denoiser)  # from here on, for targets name the layers by the class of their block
     flat = FlatParameters({c: by_path.values() for c, by_path in adapters.items()}, precision.dtype)
     rates = resolve_learning_rates(config, parts)
     optimizer = make_optimizer(flat, rates, config.optimizer)

@@ -70,9 +70,9 @@ class Ours:
     def __init__(self, parts: Parts, config: Config, savings: Rung) -> None:
         denoiser = parts.denoiser
         self.parts = parts
-        simplify_resnets(denoiser)
         self.kernels = install_attention(denoiser, parts.dtype)
         self.adapters = attach_adapters(parts, config)["denoiser"]
+        simplify_resnets(denoiser)
         self.flat = FlatParameters({"denoiser": self.adapters.values()}, parts.dtype)
         optimizer = make_optimizer(self.flat, {"denoiser": BASE_LEARNING_RATE}, config.optimizer)
         self._said = [put_to_work(denoiser, savings, parts.device, dropout=False)]
