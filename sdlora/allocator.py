@@ -2,7 +2,8 @@
 
 A step frees as much memory as it takes, and by default most of it goes back to the system, which hands it out again
 page by page, zeroed: 20 000 faults a step of SD 1.5 at 256 x 256 pixels, 60 000 at 512 x 512. Kept, there are fewer
-than 1 000, and the peak of the memory is the same.
+than 200. The peak of the memory stays within 2 % in bf16; with an int8 base, 2.57 GB were measured where 1.85 GB to
+2.66 GB had been.
 """
 
 from __future__ import annotations

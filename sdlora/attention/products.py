@@ -71,19 +71,17 @@ class _Attention(torch.autograd.Function):
         shift = (q @ key[:, :, ::SAMPLE].mT).amax(-1, keepdim=True)
         q, k, v = _widened(q, shift), _widened(key, -1.0), _widened(value, 1.0, -1.0)
         scores = _POOL.take(q.shape[0], n, k.shape[1])
-        blocks = _blocks(scores)
-        mixed = torch.empty_like(q) if len(blocks) > 1 else None
-        for some, parts in blocks:
+        mixed, output = _empty(query, q.shape, query.transpose(1, 2).shape)
+        for some, parts in _blocks(scores):
             for part in parts:
                 torch.bmm(q[part], k[some].mT, out=scores[part]).exp2_()
-            mixed = _bmm(scores, v, mixed, some)
-        assert mixed is not None
+            torch.bmm(scores[some], v[some], out=mixed[some])
         mixed = mixed.unflatten(0, query.shape[:2])
         total = mixed[..., d : d + 1]  # each row's sum, from value's column of ones
         if not math.isfinite(total.amax().item()):
             _POOL.give(scores)
             raise OverflowError("attention scores are too far apart for products in bf16")
-        output = query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)  # layers want tokens first next
+        output = output.transpose(1, 2)  # so that in memory tokens come first, as layers want them next
         torch.div(mixed[..., :d], total, out=output)
         ctx.save_for_backward(q, k, v, output, total)
         ctx.scores, ctx.scale = scores, scale
@@ -99,21 +97,17 @@ class _Attention(torch.autograd.Function):
         batch, heads, n, d = output.shape
         gradient = grad_outputs[0] / total
         g = _widened(gradient, 0.0, (gradient * output).sum(-1, keepdim=True))
-        blocks = _blocks(scores)
         # Of key and value the transposes, for torch would copy a transposed block of scores first.
         of_text = batch, k.shape[1], heads, d
-        shapes = [(batch, n, heads, d), of_text, of_text]
-        shapes += [tuple(x.shape) for x in (q, k.mT, v.mT)] if len(blocks) > 1 else []
-        *room, dq, dk, dv = [*_empty(q, *shapes), None, None, None][:6]
-        for some, parts in blocks:
-            dv = _bmm(g.mT, scores, dv, some)
+        dq, dk, dv, *results = _empty(q, q.shape, k.mT.shape, v.mT.shape, (batch, n, heads, d), of_text, of_text)
+        for some, parts in _blocks(scores):
+            torch.bmm(g[some].mT, scores[some], out=dv[some])
             for part in parts:
                 scores[part].mul_(torch.bmm(g[part], v[some].mT))
-            dq = _bmm(scores, k, dq, some)
-            dk = _bmm(q.mT, scores, dk, some)
+            torch.bmm(scores[some], k[some], out=dq[some])
+            torch.bmm(q[some].mT, scores[some], out=dk[some])
         _POOL.give(scores)
-        assert dq is not None and dk is not None and dv is not None
-        gq, gk, gv = (x.transpose(1, 2) for x in room)
+        gq, gk, gv = (x.transpose(1, 2) for x in results)
         torch.mul(dq.unflatten(0, (batch, heads))[..., :d], ctx.scale, out=gq)
         torch.mul(dk.mT.unflatten(0, (batch, heads))[..., :d], 1 / _LOG2_E, out=gk)
         gv.copy_(dv.mT.unflatten(0, (batch, heads))[..., :d])
@@ -127,14 +121,6 @@ def _blocks(scores: Tensor) -> list[tuple[slice, list[tuple[slice, slice]]]]:
     rows = n if together > 1 else max(1, min(n, BLOCK_BYTES // (2 * m)))
     groups = [slice(h, h + together) for h in range(0, heads, together)]
     return [(some, [(some, slice(start, start + rows)) for start in range(0, n, rows)]) for some in groups]
-
-
-def _bmm(a: Tensor, b: Tensor, out: Tensor | None, some: slice) -> Tensor:
-    """Multiplies some heads, into their place in `out`; all that there are if there is no such place."""
-    if out is None:
-        return torch.bmm(a, b)
-    torch.bmm(a[some], b[some], out=out[some])
-    return out
 
 
 def _empty(like: Tensor, *shapes: Sequence[int]) -> list[Tensor]:

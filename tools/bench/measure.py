@@ -16,7 +16,7 @@ MIN_ROUNDS = 3
 """Rounds that are measured even if the time is used up, so that there is a spread."""
 SHORTEST_TURN = 1.0
 """Seconds. Steps are repeated within a turn until they take about that long, so that the clock and the wait for the
-device count for nothing."""
+device, and what the other side left in the processor's caches, count for nothing."""
 
 
 @dataclass(frozen=True)
