@@ -10,13 +10,15 @@ from torch.nn import functional as F
 
 from tools.style_bench import jitter
 from tools.style_bench.discriminant import discriminant
-from tools.style_bench.gates import Row, table
+from tools.style_bench.gates import Row, means, table
 from tools.style_bench.imagenet import converted
 from tools.style_bench.judges import WEIGHTS, Gallery, Judges, save
-from tools.style_bench.networks import ConceptNet, Lite0, StyleNet, palette
+from tools.style_bench.networks import ConceptNet, Lite0, StyleNet
 from tools.style_bench.pictures import JUDGED_STYLES, EmojiPictures, lookalikes
+from tools.style_bench.surface import COARSE, EVEN, LEVELS, SIZE, palette, shades, surface
+from tools.style_bench.verdict import ANSWERS, answers, style_hits
 
-LIMITS = {"style.safetensors": 2.5e6, "concept.safetensors": 10e6}
+LIMITS = {"style.safetensors": 5e6, "concept.safetensors": 10e6}
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +167,39 @@ def test_a_palette_is_the_share_of_each_colour():
     assert torch.allclose(palette(views, 17).square().sum(1), torch.ones(2))
 
 
+def parts(picture):
+    """The four parts of a surface, as shares."""
+    sizes = (LEVELS**3, LEVELS**3, COARSE**3)
+    return surface(picture).square().tensor_split(torch.tensor(sizes).cumsum(0), 1)
+
+
+def test_a_surface_tells_fills_outlines_and_shades_apart():
+    plain = torch.full((1, 3, 64, 64), 0.5)
+    lined = plain.clone()
+    lined[:, :, :, 32:36] = 0  # a black line
+    shaded = plain + torch.linspace(-0.3, 0.3, 64)
+    for picture in (plain, lined, shaded):
+        assert surface(picture).shape == (1, SIZE)
+    (_, even, outline, shade), (_, lined_even, lined_outline, _), (_, _, _, soft) = map(parts, (plain, lined, shaded))
+    assert even.sum() == 1 and outline.sum() == 0
+    assert lined_outline.argmax() == 0 and lined_outline.sum() == pytest.approx(4 / 64)  # two sides of two pixels each
+    assert lined_even.sum() == pytest.approx(1 - 4 / 64)
+    assert shade.sum() == pytest.approx(4) and shade.max() == 1  # each scale has one class: no change
+    assert EVEN > 0.6 / 63 and soft[0, :144].argmax() >= 12  # so soft a change is even, but is seen
+
+
+def test_values_just_outside_their_range_are_counted_all_the_same():
+    views = torch.tensor([-1e-6, 1 + 1e-6])[:, None, None, None].expand(2, 3, 64, 64)
+    assert torch.allclose(surface(views), surface(views.clamp(0, 1)), atol=1e-2)
+
+
+def test_shades_count_changes_over_each_distance():
+    x = torch.linspace(0, 1, 64).expand(1, 3, 64, 64)
+    found = shades(x).square().reshape(4, 11, 12).sum(2)
+    assert torch.allclose(found.sum(1), torch.ones(4), atol=1e-5)
+    assert found.argmax(1).tolist() == [3, 4, 5, 7]  # 1/63, 2/63, 4/63, 8/63 between the bounds of STEPS
+
+
 def test_a_style_judge_may_look_at_part_of_a_picture_but_counts_all_colours(judges):
     views = torch.rand(2, 3, 128, 128)
     net = judges.style_net
@@ -174,9 +209,39 @@ def test_a_style_judge_may_look_at_part_of_a_picture_but_counts_all_colours(judg
     assert not torch.equal(net(views, views[:, :, :64, :64]), net(other, views[:, :, :64, :64]))
 
 
-def test_gates_compare_means_over_styles():
-    good = Row("noto", 10, 9, {"style": 1.0, "top-1": 0.9, "top-5": 1.0}, ())
-    bad = Row("twemoji", 10, 9, {"style": 0.9, "top-1": 0.9, "top-5": 1.0}, (("noto", 1),))
+def test_gates_count_each_answer_once():
+    others = {"top-1": 0.9, "top-5": 1.0, "exact": 0.5}
+    good = Row("openmoji", 10, 9, {"style": 0.99, **others}, ())
     assert table("drawn", [good])[1]
-    text, passed = table("drawn", [good, bad])
+    bad = [Row(style, 10, 9, {"style": 0.96, **others}, (("noto", 1),)) for style in ("twemoji", "noto-v1", "fxemoji")]
+    assert means([good, *bad]) == pytest.approx({"style": 0.975, **others})  # three of four are below 0.97
+    assert table("drawn", [good, *bad])[1]
+    text, passed = table("drawn", bad)
     assert not passed and "FAIL" in text and "noto 1" in text
+
+
+@pytest.mark.parametrize(
+    ("logits", "answer", "name"),
+    [
+        ({"openmoji": 2.0}, "openmoji", "openmoji"),
+        ({"noto": 3.0}, "another", "noto"),
+        ({"noto": 4.0, "openmoji": 3.0}, "openmoji", "noto"),
+        ({"noto": 4.0, "twemoji": 4.0, "fxemoji": 4.0, "openmoji": 2.5}, "another", "noto"),
+        ({"none": 9.0}, "another", "none"),
+    ],
+)
+def test_another_style_is_one_answer_though_it_has_many_names(logits, answer, name):
+    names = (*JUDGED_STYLES, "none")
+    row = torch.tensor([[logits.get(n, 0.0) for n in names]])
+    assert ANSWERS[answers(row, names).argmax()] == answer
+    assert names[row.argmax()] == name
+    hits, chances = style_hits(row.expand(12, -1), names, JUDGED_STYLES)
+    held_out, own = {answer} & set(ANSWERS), {name} - set(ANSWERS)
+    assert {style for style, hit in zip(JUDGED_STYLES, hits, strict=True) if hit} == (held_out | own) & set(
+        JUDGED_STYLES
+    )
+    assert chances.min() > 0 and chances.max() < 1
+
+
+def test_a_picture_that_says_nothing_is_not_another_style_for_that():
+    assert answers(torch.zeros(1, 13), (*JUDGED_STYLES, "none")).exp().tolist() == [pytest.approx([0.2] * 5)]

@@ -87,12 +87,6 @@ def test_kernel_distance_of_one_source_is_nothing_on_average_and_of_two_is_not()
     assert metrics.kernel_distance(draws[0] + 1, draws[1]) > 10 * max(map(abs, same))
 
 
-def test_a_hit_is_the_first_choice():
-    hits, probability = metrics.style_hits(torch.tensor([[2.0, 1.0], [2.0, 1.0]]), torch.tensor([0, 1]))
-    assert hits.tolist() == [True, False]
-    assert probability.sum().item() == pytest.approx(1)
-
-
 def test_the_target_itself_wins_its_pair_and_another_style_loses():
     target, other = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     there = torch.tensor([[True], [True]])

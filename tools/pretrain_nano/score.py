@@ -28,9 +28,9 @@ from tools.pretrain_nano.concepts import Concept
 from tools.pretrain_nano.drawings import SIDE
 from tools.pretrain_nano.sources import BASE_STYLES, STYLE_OF
 from tools.style_bench.draw import draw, to_floats, to_image
-from tools.style_bench.metrics import style_hits
 from tools.style_bench.panel import Panel
 from tools.style_bench.pictures import EmojiPictures
+from tools.style_bench.verdict import style_hits
 
 SHEET = 64
 LETTERS = 24
@@ -62,8 +62,7 @@ def score(parts: Parts, panel: Panel, pairs: Sequence[tuple[str, Concept]]) -> t
     drawn = draw(parts, texts, [[1]] * len(texts), 1, Reporter())[:, 0]
     values = to_floats(drawn)
     ranks = panel.ranks(values, styles, [concept.base for _, concept in pairs])
-    columns = torch.tensor([panel.judges.styles.index(style) for style in styles])
-    right, _ = style_hits(panel.judges.style_logits(values), columns)
+    right, _ = style_hits(panel.judges.style_logits(values), panel.judges.styles, styles)
     hits: dict[str, list[tuple[bool, bool, bool]]] = defaultdict(list)
     for style, called, rank in zip(styles, right.tolist(), ranks.tolist(), strict=True):
         hits[style].append((called, rank < 1, rank < 5))

@@ -21,6 +21,7 @@ from tools.style_bench.experiment import write_json
 from tools.style_bench.panel import UNSEEN, Panel
 from tools.style_bench.pictures import EmojiPictures
 from tools.style_bench.protocol import Task
+from tools.style_bench.verdict import style_hits
 
 Scores = dict[str, list[float | None]]
 """Column -> a number for each prompt, or for each validation picture ("loss"), or one ("kernel", "seconds")."""
@@ -105,8 +106,7 @@ def score(
 
 
 def _style_hits(panel: Panel, pictures: Tensor, styles: Sequence[str]) -> tuple[Tensor, Tensor]:
-    columns = torch.tensor([list(panel.judges.styles).index(style) for style in styles])
-    return metrics.style_hits(panel.judges.style_logits(pictures), columns)
+    return style_hits(panel.judges.style_logits(pictures), panel.judges.styles, styles)
 
 
 def _wins(panel: Panel, prompts: tuple[Concept, ...], features: Tensor, asked: Sequence[str], count: int) -> Tensor:

@@ -24,20 +24,6 @@ COPY_QUANTILE = 0.01
 """Share of real, unrelated pictures that count as copies by the definition of the threshold."""
 
 
-def style_hits(logits: Tensor, styles: Tensor) -> tuple[Tensor, Tensor]:
-    """Tells which pictures a judge takes for the style that was asked for.
-
-    Args:
-        logits: (N, K).
-        styles: column of each picture's style, (N,), int64.
-
-    Returns:
-        Whether the style is the judge's first choice, (N,), bool; its probability, (N,), in [0, 1].
-    """
-    probability = logits.float().softmax(1).gather(1, styles[:, None])[:, 0]
-    return logits.argmax(1) == styles, probability
-
-
 def paired_win(features: Tensor, target: Tensor, others: Tensor, there: Tensor) -> Tensor:
     """Tells which pictures look more like the real picture of the style than like the same thing in any other style.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import product
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from tools.style_bench.surface import SIZE, surface
 
 LITE0 = (
     # (repeats, channels, kernel size, stride of the first, widening inside)
@@ -22,6 +23,8 @@ LITE0 = (
 """The stages of EfficientNet-Lite0 (Apache-2.0), as published by Google."""
 EMBEDDING = 512
 """Numbers in a concept's embedding."""
+PART = 64
+"""Pictures whose surface is counted at once."""
 
 
 def conv(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -78,13 +81,12 @@ class StyleNet(nn.Module):
     """Tells styles apart by how lines, fills and shadings look, and by the palette.
 
     The features are the mean and the spread of channels over the picture, after several blocks, and what a linear map
-    makes of the picture's `palette`; so place matters little, and pictures may have any size.
+    makes of the picture's `surface`; so place matters little, and pictures may have any size.
     """
 
     TAPS: ClassVar = {0: 16, 2: 24, 4: 40, 7: 80, 10: 112}
     """Blocks whose channels are looked at, and how many those are."""
-    LEVELS = 17
-    COLOURS = 64
+    COUNTED = 128
     FEATURES = 256
 
     def __init__(self, classes: int):
@@ -93,20 +95,20 @@ class StyleNet(nn.Module):
         self.body = Lite0(max(self.TAPS) + 1)
         self.usual: Tensor
         self.rarity: Tensor
-        self.register_buffer("usual", torch.zeros(self.LEVELS**3))
-        self.register_buffer("rarity", torch.ones(self.LEVELS**3))
-        self.colours = nn.Linear(self.LEVELS**3, self.COLOURS)
-        self.norm = nn.BatchNorm1d(2 * sum(self.TAPS.values()) + self.COLOURS)
+        self.register_buffer("usual", torch.zeros(SIZE))
+        self.register_buffer("rarity", torch.ones(SIZE))
+        self.counted = nn.Linear(SIZE, self.COUNTED)
+        self.norm = nn.BatchNorm1d(2 * sum(self.TAPS.values()) + self.COUNTED)
         self.mix = nn.Linear(self.norm.num_features, self.FEATURES)
         self.head = nn.Linear(self.FEATURES, classes)
 
     def get_used_to(self, pictures: Tensor) -> None:
-        """Learns which colours are common, so that a rare one counts as much as a frequent one.
+        """Learns what is common on a surface, so that a rare colour or shade counts as much as a frequent one.
 
         Args:
             pictures: (N, 3, H, W) in [0, 1], of all styles.
         """
-        shares = palette(pictures, self.LEVELS)
+        shares = torch.cat([surface(part) for part in pictures.split(PART)])
         self.usual.copy_(shares.mean(0))
         self.rarity.copy_(1 / (shares.std(0) + 2e-3))
 
@@ -122,37 +124,13 @@ class StyleNet(nn.Module):
         """
         outputs = self.body(pictures if close_ups is None else close_ups)
         statistics = [value for tap in self.TAPS for value in mean_and_spread(outputs[tap])]
-        shares = ((palette(pictures, self.LEVELS) - self.usual) * self.rarity).clamp(-6, 6)
-        statistics.append(F.relu(self.colours(F.dropout(shares, 0.3, self.training)).float()))
+        shares = ((surface(pictures) - self.usual) * self.rarity).clamp(-6, 6)
+        statistics.append(F.relu(self.counted(F.dropout(shares, 0.3, self.training)).float()))
         return F.relu(self.mix(F.dropout(self.norm(torch.cat(statistics, 1)), 0.2, self.training)))
 
     def forward(self, pictures: Tensor, close_ups: Tensor | None = None) -> Tensor:
         """Maps (N, 3, H, W) in [0, 1] to logits (N, classes); see `features`."""
         return self.head(F.dropout(self.features(pictures, close_ups), 0.3, self.training))
-
-
-def palette(pictures: Tensor, levels: int) -> Tensor:
-    """Says how much of a picture is in each colour.
-
-    Every ninth pixel counts, divided among the eight colours of a grid that are nearest in red, green and blue.
-
-    Args:
-        pictures: (N, 3, H, W) in [0, 1].
-        levels: values of red, green and blue that the grid has, at least 2.
-
-    Returns:
-        The square root of each colour's share of the pixels, (N, levels^3), fp32; red changes slowest.
-    """
-    place = pictures[:, :, 1::3, 1::3].float().flatten(2) * (levels - 1)
-    below = place.floor().clamp(0, levels - 2)
-    high = place - below
-    red, green, blue = below.long().unbind(1)
-    corner = (red * levels + green) * levels + blue
-    shares = pictures.new_zeros(len(pictures), levels**3, dtype=torch.float32)
-    for r, g, b in product((0, 1), repeat=3):
-        part = [high[:, n] if up else 1 - high[:, n] for n, up in enumerate((r, g, b))]
-        shares.scatter_add_(1, corner + (r * levels + g) * levels + b, part[0] * part[1] * part[2])
-    return (shares / place.shape[2]).sqrt()
 
 
 def mean_and_spread(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,12 @@ def _divided(a: Replicates, b: Replicates) -> Replicates:
 
 MEASURES: tuple[Measure, ...] = (
     Measure(
-        "style", "style", "share of pictures that the style judge calls the style asked for", "%", _column("style")
+        "style",
+        "style",
+        "share of pictures that the style judge calls the style asked for, of the four held-out styles and another; "
+        "for the base in its own styles, of all styles",
+        "%",
+        _column("style"),
     ),
     Measure("probability", "prob.", "mean probability that the style judge gives it", "%", _column("probability")),
     Measure(

@@ -27,7 +27,7 @@ from tools.style_bench.pictures import JUDGED_STYLES, EmojiPictures, Reconstruct
 BATCH = 64
 SPOILED = 4
 """Pictures of a batch that are made to be in no style."""
-STEPS = 2400
+STEPS = 2000
 CLOSE_UP = 0.8
 """Share of the steps in which the body sees half-sized windows, which cost a quarter; in the others, whole pictures."""
 WINDOW = 64
@@ -35,7 +35,7 @@ WINDOW = 64
 RATE = 2e-3
 REPORT = 100
 """Steps between two lines on the terminal."""
-EVERY = 2
+EVERY = 1
 """One in so many pictures of "learn" takes the VAE's round trip."""
 
 
