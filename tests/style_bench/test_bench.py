@@ -1,5 +1,7 @@
 import json
+import shutil
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -117,6 +119,17 @@ def test_other_settings_are_other_cells_and_a_report_draws_nothing(run, capsys):
     assert "lora" not in rows and "base" in rows
     assert run.go("--prompts", "final", "--report") == 2
     assert "nothing is drawn yet" in capsys.readouterr().err
+
+
+def test_styles_share_what_the_base_draws_in_its_own_styles(run, emoji):
+    shutil.copytree(emoji / "pictures" / "fluent-3d", emoji / "pictures" / "openmoji")
+    assert run.go("--style", "fluent-3d", "--style", "openmoji", "--references", "base") == 0
+    kinds = Counter(
+        next(kind for kind in ("own", "base", "lora", "real") if kind in f.name) for f in run.work.iterdir()
+    )
+    assert kinds == {"own": 1, "base": 2, "lora": 2, "real": 1}
+    styles = json.loads((run.out / "quick.json").read_text())["styles"]
+    assert all("own" in styles[style]["methods"] for style in ("fluent-3d", "openmoji"))
 
 
 @pytest.mark.parametrize(("more", "message"), [("data.images=x", "images"), ("lora.rnk=2", "lora.rank")])

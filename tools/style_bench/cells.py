@@ -76,8 +76,9 @@ class Cell:
     @property
     def folder(self) -> Path:
         """Where the cell's files lie."""
-        subset = f"-{self.task.subset}" if self.method.per_subset else ""
-        return self.experiment.work / f"{self.task.style.id}{subset}-{self.method.id}-{self.key[:12]}"
+        style = f"{self.task.style.id}-" if self.method.per_style else ""
+        subset = f"{self.task.subset}-" if self.method.per_subset else ""
+        return self.experiment.work / f"{style}{subset}{self.method.id}-{self.key[:12]}"
 
     @property
     def _school(self) -> Path:

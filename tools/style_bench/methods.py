@@ -47,6 +47,7 @@ class Method:
         learn: writes what was learned into a folder and returns facts for the report.
         facts: what the result depends on besides the pictures; part of a cell's key.
         per_subset: whether every subset has a cell of its own.
+        per_style: whether every held-out style has one; if not, styles with the same prompts share it.
         styles: the styles asked for, one for each prompt; their real pictures are not in the concept gallery.
     """
 
@@ -58,6 +59,7 @@ class Method:
     learn: Learn | None = None
     facts: Callable[[Experiment], Any] = lambda experiment: None
     per_subset: bool = False
+    per_style: bool = True
 
 
 def load(experiment: Experiment, folder: Path | None = None, strength: float = 1.0) -> Parts:
@@ -160,7 +162,7 @@ METHODS: dict[str, Method] = {
         ),
         Method("base", "base alone", _trained_texts, _target_style),
         Method("words", "base, style named", _named_texts, _target_style),
-        Method("own", "base, own styles", _own_texts, _own_styles),
+        Method("own", "base, own styles", _own_texts, _own_styles, per_style=False),
         Method(
             "full",
             "full, same pictures",
