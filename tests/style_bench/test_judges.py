@@ -241,6 +241,10 @@ def test_another_style_is_one_answer_though_it_has_many_names(logits, answer, na
         JUDGED_STYLES
     )
     assert chances.min() > 0 and chances.max() < 1
+    among_five = sum(chances[JUDGED_STYLES.index(style)] for style in ANSWERS[:-1])
+    assert among_five + answers(row, names).exp()[0, -1] == pytest.approx(1)
+    own = [n for n, style in enumerate(JUDGED_STYLES) if style not in ANSWERS]
+    assert torch.allclose(chances[own], row.softmax(1)[0, own])
 
 
 def test_a_picture_that_says_nothing_is_not_another_style_for_that():

@@ -9,19 +9,16 @@ import torch
 from torch import Tensor
 
 from tools.style_bench import jitter
-from tools.style_bench.networks import EMBEDDING, ConceptNet
+from tools.style_bench.networks import EMBEDDING, PART, ConceptNet
 
 RIDGE = 0.03
 """Added to the variance within concepts, in units of its mean over all directions; chosen on the split "validation"."""
-PART = 64
-"""Pictures that pass through the network at once."""
 
 
 def fit_concept_net(pool: dict, start: dict[str, Tensor]) -> ConceptNet:
     """Returns a concept judge with ImageNet's body and a fitted head.
 
-    Each picture counts as drawn, and once moved, recoloured and roughened; those that took the VAE's round trip count
-    once more.
+    Each picture counts three times: as drawn, after the VAE's round trip, and moved, recoloured and roughened.
 
     Args:
         pool: `train_judges.Pool` by style.
@@ -34,14 +31,9 @@ def fit_concept_net(pool: dict, start: dict[str, Tensor]) -> ConceptNet:
     net = net.to(memory_format=torch.channels_last)
     features, codes = [], []
     for style, pictures in pool.items():
-        for views, shown in (
-            (pictures.drawn, pictures.codes),
-            (pictures.decoded, [pictures.codes[n] for n in pictures.some]),
-        ):
-            features.append(_features(net, views, None))
-            codes += shown
-        features.append(_features(net, pictures.drawn, rng))
-        codes += pictures.codes
+        for views, chance in ((pictures.drawn, None), (pictures.decoded, None), (pictures.drawn, rng)):
+            features.append(_features(net, views, chance))
+            codes += pictures.codes
         print(f"concept judge has seen {style}", flush=True)
     names = sorted(set(codes))
     groups = torch.tensor([names.index(code) for code in codes])

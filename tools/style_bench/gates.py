@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from tools.pretrain_nano.concepts import Concept
-from tools.pretrain_nano.sources import HELD_OUT_STYLES
 from tools.style_bench.judges import WEIGHTS, Embedder, Gallery, Judges
 from tools.style_bench.pictures import JUDGED_STYLES, EmojiPictures, Reconstructions, as_floats, lookalikes
-from tools.style_bench.verdict import ANOTHER, ANSWERS, answers
+from tools.style_bench.verdict import ANSWERS, answers, right_answer
 
 THRESHOLDS = {"style": 0.97, "top-1": 0.85, "top-5": 0.95}
 """Least mean; of "style", over `verdict.ANSWERS`: the bench asks whether a picture is in a held-out style."""
@@ -71,7 +70,7 @@ def measure(
     logits = judges.style_logits(views[fair])
     named = [judges.styles[n] for n in logits.argmax(1).tolist()]
     wrong = Counter(name for name in named if name != style)
-    answer = answers(logits, judges.styles).argmax(1) == ANSWERS.index(style if style in HELD_OUT_STYLES else ANOTHER)
+    answer = answers(logits, judges.styles).argmax(1) == ANSWERS.index(right_answer(style))
     shares = {
         "style": answer.float().mean().item(),
         "top-1": (ranks < 1).float().mean().item(),
@@ -86,7 +85,7 @@ def means(rows: Sequence[Row]) -> dict[str, float]:
     found = {key: sum(row.shares[key] for row in rows) / len(rows) for key in (*THRESHOLDS, EXACT)}
     by_answer: dict[str, list[float]] = {}
     for row in rows:
-        by_answer.setdefault(row.style if row.style in HELD_OUT_STYLES else ANOTHER, []).append(row.shares["style"])
+        by_answer.setdefault(right_answer(row.style), []).append(row.shares["style"])
     found["style"] = sum(sum(shares) / len(shares) for shares in by_answer.values()) / len(by_answer)
     return found
 

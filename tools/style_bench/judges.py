@@ -21,15 +21,13 @@ from torch.nn import functional as F
 
 from sdlora.atomic import replacing
 from tools.pretrain_nano.drawings import SIDE
-from tools.style_bench.networks import EMBEDDING, ConceptNet, StyleNet
+from tools.style_bench.networks import EMBEDDING, PART, ConceptNet, StyleNet
 from tools.style_bench.pictures import JUDGED_STYLES, EmojiPictures
 
 WEIGHTS = Path(__file__).parent / "weights"
 """Folder of `style.safetensors` and `concept.safetensors`, fp16."""
 NONE = "none"
 """The last answer of the style judge: a blend, a smear, noise."""
-PART = 64
-"""Pictures that pass through a network at once."""
 
 
 class Judges:

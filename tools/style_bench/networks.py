@@ -24,7 +24,7 @@ LITE0 = (
 EMBEDDING = 512
 """Numbers in a concept's embedding."""
 PART = 64
-"""Pictures whose surface is counted at once."""
+"""Pictures that pass through a network at once."""
 
 
 def conv(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> nn.Sequential:

@@ -10,6 +10,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from tools.style_bench.jitter import LUMA
+
 LEVELS, COARSE = 17, 9
 """Levels of colours, and of the colours of outlines."""
 EVEN, SHARP = 0.06, 0.25
@@ -20,7 +22,6 @@ STEPS = (0.0, 0.004, 0.008, 0.015, 0.03, 0.05, 0.08, 0.12, 0.2, 0.35, 0.6)
 """Differences of brightness that are counted apart, the least of each class."""
 BRIGHT, VIVID = 4, 3
 """Classes of brightness and of saturation in which these are counted."""
-LUMA = torch.tensor([0.299, 0.587, 0.114])
 SIZE = 2 * LEVELS**3 + COARSE**3 + len(SCALES) * len(STEPS) * BRIGHT * VIVID
 """Numbers that `surface` gives."""
 

@@ -35,8 +35,6 @@ WINDOW = 64
 RATE = 2e-3
 REPORT = 100
 """Steps between two lines on the terminal."""
-EVERY = 1
-"""One in so many pictures of "learn" takes the VAE's round trip."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +44,16 @@ class Pool:
     Attributes:
         codes: which concepts.
         drawn: their pictures, (N, 3, 128, 128), uint8.
-        some: indices of those that took the round trip.
-        decoded: the pictures after it, (M, 3, 128, 128), uint8.
+        decoded: the pictures after the round trip, likewise.
     """
 
     codes: list[str]
     drawn: Tensor
-    some: list[int]
     decoded: Tensor
 
 
 def pools(pictures: EmojiPictures, reconstructions: Reconstructions, without: set[tuple[str, str]]) -> dict[str, Pool]:
-    """Reads the split "learn"; each style sends other concepts through the VAE.
+    """Reads the split "learn", as drawn and after the VAE's round trip.
 
     Args:
         pictures: the data set.
@@ -65,13 +61,10 @@ def pools(pictures: EmojiPictures, reconstructions: Reconstructions, without: se
         without: (style, code) to leave out.
     """
     found = {}
-    for n, style in enumerate(JUDGED_STYLES):
+    for style in JUDGED_STYLES:
         every = [concept.code for concept in pictures.of(style, ["learn"])]
         codes = [code for code in every if (style, code) not in without]
-        travelled = frozenset(every[n % EVERY :: EVERY])
-        some = [i for i, code in enumerate(codes) if code in travelled]
-        decoded = reconstructions.bytes(style, [codes[i] for i in some])
-        found[style] = Pool(codes, pictures.bytes(style, codes), some, decoded)
+        found[style] = Pool(codes, pictures.bytes(style, codes), reconstructions.bytes(style, codes))
     return found
 
 
