@@ -26,8 +26,9 @@ class Style:
         package: npm package with its version.
         licence: SPDX identifier.
         author: who must be named.
-        role: "base": the shipped weights learn from it. "held out": the bench teaches it; share-alike, or kept back for
-            this. "twin": drawn after a held-out style, so close that the base must not see it either.
+        role: "base": the shipped weights learn from it. "judged": only the judges do. "held out": the bench teaches it;
+            share-alike, or kept back for this. "twin": drawn after a held-out style, so close that the base must not
+            see it either.
         folder: folder of files named by code points inside the package; None means Iconify's `icons.json`.
     """
 
@@ -42,7 +43,7 @@ class Style:
 
 STYLES: tuple[Style, ...] = (
     Style("noto", "noto", "@iconify-json/noto@1.2.9", "Apache-2.0", "Google Inc.", "base"),
-    Style("noto-v1", "noto blob", "@iconify-json/noto-v1@1.2.5", "Apache-2.0", "Google Inc.", "base"),
+    Style("noto-v1", "noto blob", "@iconify-json/noto-v1@1.2.5", "Apache-2.0", "Google Inc.", "judged"),
     Style("twemoji", "twemoji", "@iconify-json/twemoji@1.2.5", "CC-BY-4.0", "Twitter, Inc. and contributors", "base"),
     Style(
         "fluent-modern",
@@ -70,8 +71,8 @@ STYLES: tuple[Style, ...] = (
         "Microsoft Corporation",
         "base",
     ),
-    Style("fxemoji", "fxemoji", "@iconify-json/fxemoji@1.2.2", "Apache-2.0", "Mozilla", "base"),
-    Style("emojione-v2", "emojione", "@iconify-json/emojione@1.2.3", "CC-BY-4.0", "EmojiOne", "base"),
+    Style("fxemoji", "fxemoji", "@iconify-json/fxemoji@1.2.2", "Apache-2.0", "Mozilla", "judged"),
+    Style("emojione-v2", "emojione", "@iconify-json/emojione@1.2.3", "CC-BY-4.0", "EmojiOne", "judged"),
     Style("emojione-mono", "monotone", "@iconify-json/emojione-monotone@1.2.1", "CC-BY-4.0", "EmojiOne", "base"),
     Style(
         "fluent-3d", "fluent 3d", "@lobehub/fluent-emoji-3d@1.1.0", "MIT", "Microsoft Corporation", "held out", "assets"
@@ -83,6 +84,8 @@ STYLES: tuple[Style, ...] = (
 
 STYLE_OF = {style.id: style for style in STYLES}
 BASE_STYLES = tuple(style.id for style in STYLES if style.role == "base")
+NAMED_STYLES = tuple(style.id for style in STYLES if style.role in ("base", "judged"))
+"""Those whose names the tokenizer has learned."""
 HELD_OUT_STYLES = tuple(style.id for style in STYLES if style.role == "held out")
 
 # Of each archive as the registry serves it; a published version never changes.

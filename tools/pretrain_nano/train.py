@@ -27,7 +27,7 @@ from tools.pretrain_nano.course import Course, Settings
 from tools.pretrain_nano.crew import Crew
 from tools.pretrain_nano.latents import Latents, load_latents
 from tools.pretrain_nano.probe import probe
-from tools.pretrain_nano.sources import BASE_STYLES, STYLE_OF
+from tools.pretrain_nano.sources import NAMED_STYLES, STYLE_OF
 from tools.pretrain_nano.text_warmup import warm_up
 from tools.pretrain_nano.tokenizer import train_tokenizer
 
@@ -136,7 +136,7 @@ class Signal:
 
 def sentences(data: Path) -> list[str]:
     """Returns what the tokenizer learns from: every label with every style, and all tags."""
-    styles = [STYLE_OF[style] for style in BASE_STYLES]
+    styles = [STYLE_OF[style] for style in NAMED_STYLES]
     texts = []
     for concept in load_concepts(data):
         texts += [prompt(concept, style) for style in styles]
