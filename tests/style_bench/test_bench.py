@@ -15,11 +15,10 @@ from sdlora.data.dataset import prepare
 from sdlora.data.folder import scan
 from sdlora.errors import ConfigError
 from sdlora.families import Base
-from tools.pretrain_nano.sources import STYLES
+from tools.pretrain_nano.sources import BASE_STYLES, STYLES
 from tools.style_bench import __main__ as bench
 from tools.style_bench import draw, experiment, heldout, options, protocol
 from tools.style_bench.gates import Gates
-from tools.style_bench.methods import OWN_STYLES
 from tools.style_bench.panel import Panel
 from tools.style_bench.report import warning
 
@@ -34,7 +33,7 @@ def emoji(tmp_path):
         rows[-1]["split"] = split
     folder = tmp_path / "emoji"
     rng = np.random.default_rng(0)
-    for style in ("fluent-3d", *OWN_STYLES):
+    for style in ("fluent-3d", *BASE_STYLES):
         (folder / "pictures" / style).mkdir(parents=True)
         for row in rows:
             blot = Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize((128, 128), 0)

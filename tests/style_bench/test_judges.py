@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from tools.pretrain_nano.sources import BASE_STYLES, HELD_OUT_STYLES
 from tools.style_bench import jitter
 from tools.style_bench.discriminant import discriminant
 from tools.style_bench.gates import Row, means, table
@@ -16,7 +17,7 @@ from tools.style_bench.judges import WEIGHTS, Gallery, Judges, save
 from tools.style_bench.networks import ConceptNet, Lite0, StyleNet
 from tools.style_bench.pictures import JUDGED_STYLES, EmojiPictures, lookalikes
 from tools.style_bench.surface import COARSE, EVEN, LEVELS, SIZE, palette, shades, surface
-from tools.style_bench.verdict import ANSWERS, answers, style_hits
+from tools.style_bench.verdict import answers, style_hits
 
 LIMITS = {"style.safetensors": 5e6, "concept.safetensors": 10e6}
 
@@ -210,42 +211,51 @@ def test_a_style_judge_may_look_at_part_of_a_picture_but_counts_all_colours(judg
 
 
 def test_gates_count_each_answer_once():
-    others = {"top-1": 0.9, "top-5": 1.0, "exact": 0.5}
-    good = Row("openmoji", 10, 9, {"style": 0.99, **others}, ())
+    others = {"top-1": 0.9, "top-5": 1.0}
+    good = Row("openmoji", 10, 9, {"style": 0.99, "own": 0.8, **others}, ())
     assert table("drawn", [good])[1]
-    bad = [Row(style, 10, 9, {"style": 0.96, **others}, (("noto", 1),)) for style in ("twemoji", "noto-v1", "fxemoji")]
-    assert means([good, *bad]) == pytest.approx({"style": 0.975, **others})  # three of four are below 0.97
+    shares = {"style": 0.96, "own": 0.6, **others}
+    bad = [Row(style, 10, 9, shares, (("noto", 1),)) for style in ("twemoji", "noto-v1", "fxemoji")]
+    # To the first question three of four are "another"; to the second one is twemoji and three are "another".
+    expected = {"style": 0.975, "own": (0.6 + (0.6 + 0.6 + 0.8) / 3) / 2, **others}
+    assert means([good, *bad]) == pytest.approx(expected)  # three of four are below 0.97
     assert table("drawn", [good, *bad])[1]
     text, passed = table("drawn", bad)
     assert not passed and "FAIL" in text and "noto 1" in text
 
 
 @pytest.mark.parametrize(
-    ("logits", "answer", "name"),
+    ("logits", "held_out", "own"),
     [
-        ({"openmoji": 2.0}, "openmoji", "openmoji"),
+        ({"openmoji": 2.0}, "openmoji", "another"),
         ({"noto": 3.0}, "another", "noto"),
         ({"noto": 4.0, "openmoji": 3.0}, "openmoji", "noto"),
         ({"noto": 4.0, "twemoji": 4.0, "fxemoji": 4.0, "openmoji": 2.5}, "another", "noto"),
-        ({"none": 9.0}, "another", "none"),
+        ({"noto": 3.0, "fxemoji": 4.0}, "another", "noto"),
+        ({"noto": 2.0, "fxemoji": 6.0}, "another", "another"),
+        ({"none": 9.0}, "another", "another"),
     ],
 )
-def test_another_style_is_one_answer_though_it_has_many_names(logits, answer, name):
+def test_another_style_is_one_answer_though_it_has_many_names(logits, held_out, own):
     names = (*JUDGED_STYLES, "none")
     row = torch.tensor([[logits.get(n, 0.0) for n in names]])
-    assert ANSWERS[answers(row, names).argmax()] == answer
-    assert names[row.argmax()] == name
-    hits, chances = style_hits(row.expand(12, -1), names, JUDGED_STYLES)
-    held_out, own = {answer} & set(ANSWERS), {name} - set(ANSWERS)
-    assert {style for style, hit in zip(JUDGED_STYLES, hits, strict=True) if hit} == (held_out | own) & set(
-        JUDGED_STYLES
-    )
+    asked = (*HELD_OUT_STYLES, *BASE_STYLES)
+    hits, chances = style_hits(row.expand(len(asked), -1), names, asked)
+    assert {style for style, hit in zip(asked, hits, strict=True) if hit} == {held_out, own} - {"another"}
     assert chances.min() > 0 and chances.max() < 1
-    among_five = sum(chances[JUDGED_STYLES.index(style)] for style in ANSWERS[:-1])
-    assert among_five + answers(row, names).exp()[0, -1] == pytest.approx(1)
-    own = [n for n, style in enumerate(JUDGED_STYLES) if style not in ANSWERS]
-    assert torch.allclose(chances[own], row.softmax(1)[0, own])
+    for among, answer in ((HELD_OUT_STYLES, held_out), (BASE_STYLES, own)):
+        found = answers(row, names, among)[0]
+        assert (*among, "another")[found.argmax()] == answer
+        assert torch.allclose(found[:-1].exp(), chances[[asked.index(style) for style in among]])
+        assert found.exp().sum() == pytest.approx(1)
+
+
+def test_a_style_that_nothing_asks_for_is_refused():
+    names = (*JUDGED_STYLES, "none")
+    with pytest.raises(ValueError, match="'fxemoji' is neither held out nor a style of the base"):
+        style_hits(torch.zeros(1, 13), names, ["fxemoji"])
 
 
 def test_a_picture_that_says_nothing_is_not_another_style_for_that():
-    assert answers(torch.zeros(1, 13), (*JUDGED_STYLES, "none")).exp().tolist() == [pytest.approx([0.2] * 5)]
+    names = (*JUDGED_STYLES, "none")
+    assert answers(torch.zeros(1, 13), names, HELD_OUT_STYLES).exp().tolist() == [pytest.approx([0.2] * 5)]

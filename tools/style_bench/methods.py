@@ -20,7 +20,7 @@ from sdlora.files.kohya import read_lora
 from sdlora.training.device import choose_device, choose_threads
 from sdlora.training.progress import Reporter
 from tools.pretrain_nano.concepts import Concept
-from tools.pretrain_nano.sources import STYLE_OF
+from tools.pretrain_nano.sources import BASE_STYLES, STYLE_OF
 from tools.style_bench.experiment import Experiment
 from tools.style_bench.heldout import heldout_losses
 from tools.style_bench.protocol import Task
@@ -29,8 +29,6 @@ from tools.style_bench.runs import train_lora, write_folder
 
 LORA_FILE = "lora.safetensors"
 DENOISER_FILE = "denoiser.safetensors"
-OWN_STYLES = ("noto", "twemoji", "fluent-flat", "emojione-v2")
-"""Styles of the base in which it shows what it knows of a concept; the prompts take them in turn."""
 
 Learn = Callable[[Experiment, Task, Path, Reporter], dict[str, Any]]
 
@@ -106,7 +104,7 @@ def _named_texts(experiment: Experiment, task: Task) -> list[str]:
 
 
 def _own_styles(task: Task) -> list[str]:
-    return [OWN_STYLES[i % len(OWN_STYLES)] for i in range(len(task.prompts))]
+    return [BASE_STYLES[i % len(BASE_STYLES)] for i in range(len(task.prompts))]
 
 
 def _own_texts(experiment: Experiment, task: Task) -> list[str]:

@@ -1,6 +1,6 @@
 """What the style judge's logits say about a picture that was asked for in some style.
 
-Legend: N pictures, K names.
+Legend: N pictures, K names, A answers.
 """
 
 from __future__ import annotations
@@ -11,25 +11,36 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tools.pretrain_nano.sources import HELD_OUT_STYLES
+from tools.pretrain_nano.sources import BASE_STYLES, HELD_OUT_STYLES
 
-ANOTHER = "another"
-"""The answer that is none of the held-out styles."""
-ANSWERS = (*HELD_OUT_STYLES, ANOTHER)
-"""What the bench wants to know of a picture that should be in a held-out style.
+QUESTIONS = (HELD_OUT_STYLES, BASE_STYLES)
+"""What there is to know: which of the held-out styles is it, or another? Which of those that the base was taught?
 
-Source: the protocol's style classifier, which tells four vendors and "other" apart. Which of its own styles the base
-falls back to, and whether those can be told from each other, is another question.
+Source: the protocol's style classifier, which tells four vendors and "other" apart. Which of its own styles a base
+falls back to when it misses a held-out one, and whether those can be told from each other, is no part of the first
+question.
 """
 
 
-def right_answer(style: str) -> str:
-    """Returns the one of `ANSWERS` that is right for a picture in a style."""
-    return style if style in HELD_OUT_STYLES else ANOTHER
+def question(style: str) -> tuple[str, ...]:
+    """Returns the styles among which a picture that was asked for in a style must be recognised.
+
+    Raises:
+        ValueError: neither held out nor taught; nothing asks for such a picture.
+    """
+    for among in QUESTIONS:
+        if style in among:
+            return among
+    raise ValueError(f"{style!r} is neither held out nor a style of the base; there are {sum(QUESTIONS, ())}")
 
 
-def answers(logits: Tensor, names: Sequence[str]) -> Tensor:
-    """Pools all names that are no held-out style, and makes the five answers equally likely beforehand.
+def right_answer(style: str, among: Sequence[str]) -> int:
+    """Returns the place of the answer that is right for a picture in a style, in [0, A)."""
+    return among.index(style) if style in among else len(among)
+
+
+def answers(logits: Tensor, names: Sequence[str], among: Sequence[str]) -> Tensor:
+    """Pools all names that a question does not name, and makes all answers to it equally likely beforehand.
 
     The judge learned all of its names equally often, so that "another", which is nine of them, would be the likeliest
     answer to a picture that says nothing.
@@ -37,11 +48,12 @@ def answers(logits: Tensor, names: Sequence[str]) -> Tensor:
     Args:
         logits: (N, K).
         names: what they stand for.
+        among: the styles of the question.
 
     Returns:
-        Logarithms of probabilities, (N, 5), in the order of `ANSWERS`.
+        Logarithms of probabilities, (N, A), in the order of `among`, then "another".
     """
-    kept = [names.index(style) for style in HELD_OUT_STYLES]
+    kept = [names.index(style) for style in among]
     rest = [n for n in range(len(names)) if n not in kept]
     logits = logits.float()
     another = logits[:, rest].logsumexp(1, keepdim=True) - math.log(len(rest))
@@ -49,9 +61,7 @@ def answers(logits: Tensor, names: Sequence[str]) -> Tensor:
 
 
 def style_hits(logits: Tensor, names: Sequence[str], asked: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Tells which pictures are in the style that was asked for.
-
-    A held-out style has to win among the five `answers`; a style of the base among all names.
+    """Tells which pictures are in the style that was asked for: it has to win among the answers to its `question`.
 
     Args:
         logits: (N, K).
@@ -62,12 +72,13 @@ def style_hits(logits: Tensor, names: Sequence[str], asked: Sequence[str]) -> tu
         Whether the style is the judge's first choice, (N,), bool; its probability, (N,), in [0, 1].
 
     Raises:
-        ValueError: a style that was asked for has no name.
+        ValueError: a style that was asked for belongs to no question.
     """
-    five, every = answers(logits, names), logits.float().log_softmax(1)
+    found = {among: answers(logits, names, among) for among in set(map(question, asked))}
     hits, chances = [], []
     for n, style in enumerate(asked):
-        row, place = (five[n], ANSWERS.index(style)) if style in HELD_OUT_STYLES else (every[n], names.index(style))
+        among = question(style)
+        row, place = found[among][n], among.index(style)
         hits.append(int(row.argmax()) == place)
         chances.append(row[place].exp())
     return torch.tensor(hits, dtype=torch.bool), torch.stack(chances)
