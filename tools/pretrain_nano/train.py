@@ -117,7 +117,8 @@ def run(arguments: argparse.Namespace, settings: Settings, device: torch.device)
     print(f"{course.step * settings.size:,} of {settings.samples:,} samples; {out}", flush=True)
 
 
-LOG_EVERY = 250
+LOG_EVERY = 1000
+"""Steps between two lines of the log; a probe takes as long as twenty steps or more."""
 SAVE_EVERY = 240.0
 """Seconds between checkpoints."""
 
