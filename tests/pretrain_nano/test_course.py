@@ -3,14 +3,17 @@
 import json
 import random
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from transformers import CLIPTokenizer
 
 from sdlora.adapters import find_layers
+from sdlora.families.loading import NANO
 from sdlora.families.sd1 import SD1
 from tools.pretrain_nano import model, twin
 from tools.pretrain_nano.batches import batch
@@ -19,9 +22,10 @@ from tools.pretrain_nano.concepts import Concept
 from tools.pretrain_nano.course import Course, Settings, loss_weight
 from tools.pretrain_nano.crew import Crew
 from tools.pretrain_nano.latents import Latents, load_latents
+from tools.pretrain_nano.model import save_base
 from tools.pretrain_nano.sources import STYLES
 from tools.pretrain_nano.tokenizer import TRIGGERS, train_tokenizer
-from tools.pretrain_nano.train import STATE, TURN, take_up
+from tools.pretrain_nano.train import STATE, TURN, take_tokenizer, take_up
 
 NOTO = STYLES[0]
 
@@ -118,15 +122,25 @@ def test_another_batch_size_goes_on_at_as_many_samples(data, tokenizer, tmp_path
     assert second.step == 4
 
 
-def test_another_machine_begins_with_the_average(tmp_path):
+def test_a_course_begins_with_a_finished_base(tokenizer, tmp_path):
     first = Course(Settings(samples=24, size=2), tmp_path, torch.device("cpu"))
-    first.step, first.average["denoiser.conv_in.bias"] = 6, torch.full((48,), 0.25)
-    first.write_start(tmp_path / "start.safetensors")
-    second = Course(Settings(samples=24, size=3), tmp_path, torch.device("cpu"))
-    second.begin_with(tmp_path / "start.safetensors")
+    first.average["denoiser.conv_in.bias"] = torch.full((48,), 0.25)
+    average = first.averaged()
+    save_base(tmp_path / "base", tokenizer, average.text, average.denoiser)
+    second = Course(Settings(samples=24, size=3, seed=1), tmp_path, torch.device("cpu"))
+    second.begin_with(tmp_path / "base", 12)
     assert second.step == 4
     weights = dict(second.base.named_parameters())
-    assert all(torch.equal(weights[name], value.half().float()) for name, value in first.average.items())
+    for name, value in first.average.items():
+        assert torch.equal(weights[name], value.half().float()), name
+        assert torch.equal(second.average[name], weights[name]), name
+
+
+def test_a_tokenizer_is_learned_once(tmp_path):
+    words = SimpleNamespace(data=None, work=tmp_path / "work", start=NANO)
+    first = take_tokenizer(words)
+    assert first.get_vocab() == CLIPTokenizer.from_pretrained(NANO / "tokenizer").get_vocab()
+    assert take_tokenizer(SimpleNamespace(data=None, work=words.work, start=None)).get_vocab() == first.get_vocab()
 
 
 def test_more_samples_go_on_from_the_turn_and_not_from_the_end(tmp_path):

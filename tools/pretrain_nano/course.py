@@ -195,7 +195,9 @@ class Course:
             for k, p in self._optimized():
                 for kind, value in optimizer.state.get(p, {}).items():
                     tensors[f"{kind}.{k}"] = value
-        where = {**self._where(), "samples": self.settings.samples, "seed": self.settings.seed}
+        settings = self.settings
+        where = {"step": self.step, "seconds": self.seconds, "size": settings.size}
+        where |= {"samples": settings.samples, "seed": settings.seed}
         with replacing(self.work / name) as temporary:
             save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, {"where": json.dumps(where)})
 
@@ -209,7 +211,10 @@ class Course:
             where = json.loads(file.metadata()["where"])
             if where["seed"] != self.settings.seed:
                 raise SystemExit(f"{self.work / name} was trained with seed {where['seed']}; use another --work")
-            self._stand(where)
+            self.step = int(
+                where["step"] * where["size"] // self.settings.size
+            )  # as many samples, if not as many steps
+            self.seconds = where["seconds"]
             kept = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         with torch.no_grad():
             for name, p in self.base.named_parameters():
@@ -222,31 +227,25 @@ class Course:
                 owner[id(p)].state[p] = {kind: kept[f"{kind}.{name}"] for kind in kinds}
         return where["samples"]
 
-    def _where(self) -> dict[str, float]:
-        return {"step": self.step, "seconds": self.seconds, "size": self.settings.size}
-
-    def _stand(self, where: dict[str, float]) -> None:
-        """Goes to a step; with another batch size to the one at which as many samples were seen."""
-        self.step = int(where["step"] * where["size"] // self.settings.size)
-        self.seconds = where["seconds"]
-
     def _optimized(self) -> list[tuple[str, Tensor]]:
         """Lists what the optimizers hold: a matrix in place of each weight that Muon trains."""
         return [(name, self.matrices.get(name, p)) for name, p in self.base.named_parameters()]
 
-    def write_start(self, file: Path) -> None:
-        """Writes the moving average alone, in fp16: an eighth of a checkpoint, to go on from on another machine."""
-        with replacing(file) as temporary:
-            averages = {name: value.half().cpu().contiguous() for name, value in self.average.items()}
-            save_file(averages, temporary, {"where": json.dumps(self._where())})
+    def begin_with(self, base: Path, samples: int) -> None:
+        """Begins with the weights of a finished base; the optimizers begin to remember anew.
 
-    def begin_with(self, file: Path) -> None:
-        """Begins where `write_start` was called; the optimizers begin to remember anew."""
-        with safe_open(file, "pt", device=str(self.device)) as start, torch.no_grad():
-            self._stand(json.loads(start.metadata()["where"]))
-            for name, p in self.base.named_parameters():
-                p.copy_(start.get_tensor(name))
-                self.average[name].copy_(p)
+        Args:
+            base: a diffusers folder as `model.save_base` writes it.
+            samples: how many it has seen.
+        """
+        self.step = samples // self.settings.size
+        text, denoiser = model.load_base(base)
+        with torch.no_grad():
+            for part, source in (("text", text), ("denoiser", denoiser)):
+                for name, value in source.named_parameters():
+                    self.base.get_parameter(f"{part}.{name}").copy_(value)
+        for name, p in self.base.named_parameters():
+            self.average[name].copy_(p)
 
     def averaged(self) -> Base:
         """Returns the moving average as networks of their own, for drawing and shipping."""

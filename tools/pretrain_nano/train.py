@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import signal
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import CLIPTokenizer
 
 from tools.pretrain_nano import model
 from tools.pretrain_nano.captions import prompt
@@ -65,7 +67,8 @@ def main() -> None:
         "--views", type=int, default=1, help="how often a picture is encoded, at different sizes and places"
     )
     parser.add_argument("--workers", type=int, default=1, help="CPU processes that share a batch; one per core")
-    parser.add_argument("--start", type=Path, help="a start.safetensors of another machine, if WORK is still empty")
+    parser.add_argument("--start", type=Path, help="diffusers folder of the base to begin with, if WORK is still empty")
+    parser.add_argument("--seen", type=float, default=0, help="samples that the base of --start has seen")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this time; call again to go on")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -82,11 +85,11 @@ def run(arguments: argparse.Namespace, settings: Settings, device: torch.device)
     vae = model.load_autoencoder().to(device)
     latents = load_latents(data, vae, work / "latents.safetensors", views=settings.views)
     held_out = load_latents(data, vae, work / "validation.safetensors", splits=("validation",))
-    tokenizer = train_tokenizer(sentences(data), work / "tokenizer")
+    tokenizer = take_tokenizer(arguments)
     course = Course(settings, work, device)
     take_up(course)
     if course.step == 0 and arguments.start:
-        course.begin_with(arguments.start)
+        course.begin_with(arguments.start, int(arguments.seen))
     elif course.step == 0:
         warm_up(course.base.text, tokenizer, latents, settings.seed)
         course.average = {name: value.detach().clone() for name, value in course.base.named_parameters()}
@@ -109,12 +112,24 @@ def run(arguments: argparse.Namespace, settings: Settings, device: torch.device)
             course.save(STATE)
             saved = time.monotonic()
     course.save(STATE)
-    course.write_start(work / "start.safetensors")
     if course.crew:
         course.crew.dismiss()
     average = course.averaged()
     model.save_base(out, tokenizer, average.text, average.denoiser)
     print(f"{course.step * settings.size:,} of {settings.samples:,} samples; {out}", flush=True)
+
+
+def take_tokenizer(arguments: argparse.Namespace) -> CLIPTokenizer:
+    """Returns the tokenizer that the weights have learned with, or learns one.
+
+    It is never learned twice: pairs of letters that are equally frequent may swap their ids.
+    """
+    folder = arguments.work / "tokenizer"
+    if not folder.is_dir() and arguments.start:
+        shutil.copytree(arguments.start / "tokenizer", folder)
+    if folder.is_dir():
+        return CLIPTokenizer.from_pretrained(folder)
+    return train_tokenizer(sentences(arguments.data), folder)
 
 
 LOG_EVERY = 1000
