@@ -3,7 +3,15 @@ import math
 import pytest
 import torch
 
-from tools.bench.check import Agreement, Gradients, compare, cosine, objection
+from tools.bench.check import Agreement, Gradients, compare, cosine, length_error, objection
+
+
+def test_no_gradient_is_as_long_as_no_gradient():
+    a = torch.tensor([3.0, 4.0])
+    assert length_error(1.5 * a, a) == pytest.approx(0.5)
+    assert length_error(0 * a, 0 * a) == 0
+    assert length_error(a, 0 * a) == math.inf
+    assert math.isnan(length_error(a * math.nan, a))
 
 
 def agreement(worst, loss_error=0.0, length=0.0):
@@ -15,6 +23,7 @@ def test_the_cosine_is_that_of_the_angle_whatever_the_lengths():
     assert cosine(a, 5 * a) == pytest.approx(1)
     assert cosine(a, torch.tensor([[3.0, 3.0]])) == pytest.approx(math.sqrt(0.5))
     assert cosine(a, torch.zeros(1, 2)) == 0
+    assert cosine(0 * a, 0 * a) == 1
     assert cosine(a * 1e-30, a * 1e-30) == pytest.approx(1)
 
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from tools.bench.inputs import Factors, Inputs
@@ -85,15 +84,28 @@ def compare(found: Gradients, truth: Gradients) -> Agreement:
     for path, expected in truth.factors.items():
         for part, a, b in zip(("down", "up"), found.factors[path], expected, strict=True):
             cosines[f"{path}.{part}"] = cosine(a, b)
-            lengths[f"{path}.{part}"] = abs(float(a.norm() / b.norm()) - 1)
+            lengths[f"{path}.{part}"] = length_error(a, b)
     return Agreement(abs(found.loss - truth.loss) / abs(truth.loss), cosines, lengths)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Returns the cosine of the angle between two tensors of the same shape; 0 if one of them is all zeros."""
+    """Returns the cosine of the angle between two tensors of a shape; 0 if one of them is all zeros, 1 if both are."""
     a, b = a.double().flatten(), b.double().flatten()
-    length = torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)
-    return float(a @ b / length) if length > 0 else 0.0
+    one, other = float(a.norm()), float(b.norm())
+    if one == other == 0:
+        return 1.0
+    return float(a @ b) / (one * other) if one * other > 0 else 0.0
+
+
+def length_error(a: Tensor, b: Tensor) -> float:
+    """Returns by what share of b's length a is longer or shorter; 0 if both are all zeros, infinite if only b is.
+
+    A softmax that is certain has no gradient at all, not even in fp32; nano has one, in its smallest attention.
+    """
+    one, other = float(a.double().norm()), float(b.double().norm())
+    if other == 0:
+        return 0.0 if one == 0 else math.inf
+    return abs(one / other - 1)
 
 
 def objection(ours: Agreement, reference: Agreement | None) -> str:
