@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sdlora import families
 from sdlora.atomic import replacing
 from sdlora.diffusion.losses import squared_error
 from sdlora.diffusion.schedule import Schedule
@@ -211,9 +212,8 @@ class Course:
             where = json.loads(file.metadata()["where"])
             if where["seed"] != self.settings.seed:
                 raise SystemExit(f"{self.work / name} was trained with seed {where['seed']}; use another --work")
-            self.step = int(
-                where["step"] * where["size"] // self.settings.size
-            )  # as many samples, if not as many steps
+            # With another batch size: where as many samples were seen.
+            self.step = int(where["step"] * where["size"] // self.settings.size)
             self.seconds = where["seconds"]
             kept = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         with torch.no_grad():
@@ -239,13 +239,11 @@ class Course:
             samples: how many it has seen.
         """
         self.step = samples // self.settings.size
-        text, denoiser = model.load_base(base)
-        with torch.no_grad():
-            for part, source in (("text", text), ("denoiser", denoiser)):
-                for name, value in source.named_parameters():
-                    self.base.get_parameter(f"{part}.{name}").copy_(value)
+        parts = families.load_parts(families.Base(str(base), base, "given"))
+        self.base.text.load_state_dict(parts.text_encoders["text_encoder"].state_dict())
+        self.base.denoiser.load_state_dict(parts.denoiser.state_dict())
         for name, p in self.base.named_parameters():
-            self.average[name].copy_(p)
+            self.average[name].copy_(p.detach())
 
     def averaged(self) -> Base:
         """Returns the moving average as networks of their own, for drawing and shipping."""

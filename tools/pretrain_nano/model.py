@@ -62,12 +62,6 @@ def load_autoencoder() -> AutoencoderTiny:
     return AutoencoderTiny.from_pretrained(NANO / "vae", torch_dtype=torch.float32).eval()
 
 
-def load_base(folder: Path) -> tuple[CLIPTextModel, UNet2DConditionModel]:
-    """Returns text encoder and denoiser of a base that `save_base` has written, in fp32."""
-    text = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32)
-    return text, UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
-
-
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     """Returns the ids of captions, (B, 77), filled up with the end of text as all programs do."""
     return tokenizer(captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids

@@ -125,9 +125,10 @@ def take_tokenizer(arguments: argparse.Namespace) -> CLIPTokenizer:
     It is never learned twice: pairs of letters that are equally frequent may swap their ids.
     """
     folder = arguments.work / "tokenizer"
-    if not folder.is_dir() and arguments.start:
-        shutil.copytree(arguments.start / "tokenizer", folder)
-    if folder.is_dir():
+    known = folder / "tokenizer.json"
+    if not known.is_file() and arguments.start:
+        shutil.copytree(arguments.start / "tokenizer", folder, dirs_exist_ok=True)
+    if known.is_file():
         return CLIPTokenizer.from_pretrained(folder)
     return train_tokenizer(sentences(arguments.data), folder)
 

@@ -22,17 +22,14 @@ import torch
 from torch import Tensor
 
 from tools.pretrain_nano.concepts import Concept
-from tools.pretrain_nano.sources import BASE_STYLES, HELD_OUT_STYLES
 from tools.style_bench.judges import WEIGHTS, Embedder, Gallery, Judges
 from tools.style_bench.pictures import JUDGED_STYLES, EmojiPictures, Reconstructions, as_floats, lookalikes
-from tools.style_bench.verdict import answers, right_answer
+from tools.style_bench.verdict import QUESTIONS, answers, right_answer
 
 THRESHOLDS = {"style": 0.97, "top-1": 0.85, "top-5": 0.95}
 """Least means."""
 OWN = "own"
-"""For information, as the bench's table does not ask it of a LoRA."""
-QUESTION = {"style": HELD_OUT_STYLES, OWN: BASE_STYLES}
-"""The styles among which the style judge has to choose, or say that it is another one."""
+"""The one of `verdict.QUESTIONS` that has no threshold, as the bench's table does not ask it of a LoRA."""
 GATED = "prompts"
 """The split that decides; "test" is for information."""
 
@@ -78,7 +75,7 @@ def measure(
         "top-1": (ranks < 1).float().mean().item(),
         "top-5": (ranks < 5).float().mean().item(),
     }
-    for key, among in QUESTION.items():
+    for key, among in QUESTIONS.items():
         right = answers(logits, judges.styles, among).argmax(1) == right_answer(style, among)
         shares[key] = right.float().mean().item()
     return Row(style, len(concepts), len(named), shares, tuple(wrong.most_common(3)))
@@ -86,8 +83,8 @@ def measure(
 
 def means(rows: Sequence[Row]) -> dict[str, float]:
     """Returns the mean of each share over the styles; of a question, over its answers: "another" is several styles."""
-    found = {key: mean(row.shares[key] for row in rows) for key in (*THRESHOLDS, OWN)}
-    for key, among in QUESTION.items():
+    found = {key: mean(row.shares[key] for row in rows) for key in ("top-1", "top-5")}
+    for key, among in QUESTIONS.items():
         by_answer: dict[int, list[float]] = {}
         for row in rows:
             by_answer.setdefault(right_answer(row.style, among), []).append(row.shares[key])

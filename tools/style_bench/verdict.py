@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tools.pretrain_nano.sources import BASE_STYLES, HELD_OUT_STYLES
 
-QUESTIONS = (HELD_OUT_STYLES, BASE_STYLES)
+QUESTIONS = {"style": HELD_OUT_STYLES, "own": BASE_STYLES}
 """What there is to know: which of the held-out styles is it, or another? Which of those that the base was taught?
 
 Source: the protocol's style classifier, which tells four vendors and "other" apart. Which of its own styles a base
@@ -28,10 +28,12 @@ def question(style: str) -> tuple[str, ...]:
     Raises:
         ValueError: neither held out nor taught; nothing asks for such a picture.
     """
-    for among in QUESTIONS:
+    for among in QUESTIONS.values():
         if style in among:
             return among
-    raise ValueError(f"{style!r} is neither held out nor a style of the base; there are {sum(QUESTIONS, ())}")
+    raise ValueError(
+        f"{style!r} is neither held out nor a style of the base; there are {(*HELD_OUT_STYLES, *BASE_STYLES)}"
+    )
 
 
 def right_answer(style: str, among: Sequence[str]) -> int:
