@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from sdlora.allocator import keep_freed_memory
 from sdlora.config import Config
 from sdlora.config_io import load_config
 from sdlora.errors import ConfigError, SdloraError
@@ -199,4 +200,5 @@ def _with(config: Config, section: str, **values: object) -> Config:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

@@ -124,17 +124,14 @@ class Gates:
         return self.text
 
 
-def check(
-    judges: Judges, pictures: EmojiPictures, cache: Path | None = None, most: int = 100, travel: bool = True
-) -> Gates:
+def check(judges: Judges, pictures: EmojiPictures, cache: Path | None = None, travel: bool = True) -> Gates:
     """Measures everything.
 
     Args:
         judges: the judges.
         pictures: the data set.
         cache: folder for round trips; None: "judges" in the data set's folder.
-        most: how many pictures per style and split take the round trip.
-        travel: whether any do.
+        travel: whether the pictures are judged after the VAE's round trip too.
     """
     reconstructions = Reconstructions(pictures, cache or pictures.folder / "judges")
     embedder = Embedder(judges, pictures)
@@ -145,13 +142,11 @@ def check(
         drawn, decoded = [], []
         for style, gallery in galleries.items():
             concepts = [concept for concept in pictures.of(style, [split]) if concept.base in gallery.bases]
-            views = pictures.tensor(style, [concept.code for concept in concepts])
-            drawn.append(measure(judges, style, concepts, views, gallery, alike))
+            codes = [concept.code for concept in concepts]
+            drawn.append(measure(judges, style, concepts, pictures.tensor(style, codes), gallery, alike))
             if travel:
-                few = min(most, len(concepts))
-                some = [concepts[n * len(concepts) // few] for n in range(few)]
-                views = as_floats(reconstructions.bytes(style, [concept.code for concept in some]))
-                decoded.append(measure(judges, style, some, views, gallery, alike))
+                views = as_floats(reconstructions.bytes(style, codes))
+                decoded.append(measure(judges, style, concepts, views, gallery, alike))
         for kind, rows in (("as drawn", drawn), ("after the VAE's round trip", decoded)):
             if rows:
                 text, good = table(f"split {split}, {kind}", rows)
@@ -168,13 +163,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the data set")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the judges' weights")
     parser.add_argument("--cache", type=Path, help="folder for round trips; default: DATA/judges")
-    parser.add_argument("--most", type=int, default=100, help="pictures per style and split that take the round trip")
     parser.add_argument("--as-drawn", action="store_true", help="no round trips, for a quick look")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    gates = check(
-        Judges.load(given.weights), EmojiPictures(given.data), given.cache, given.most, travel=not given.as_drawn
-    )
+    gates = check(Judges.load(given.weights), EmojiPictures(given.data), given.cache, travel=not given.as_drawn)
     print(gates)
     print("the judges pass" if gates.passed else "the judges fail; train them anew with tools.style_bench.train_judges")
     sys.exit(0 if gates.passed else 1)
