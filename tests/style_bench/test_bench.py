@@ -2,6 +2,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -150,6 +151,14 @@ def test_the_key_knows_code_and_not_its_words():
     assert experiment._meaning('def f(x):\n    """Adds."""\n    return x + 1  # one\n') == plain
     assert experiment._meaning("def f(x):\n    return x + 2\n") != plain
     assert len(experiment.code_digest()) == 64
+
+
+def test_an_answer_of_the_gates_is_kept_for_what_was_asked(tmp_path):
+    assert all((Path(bench.__file__).parent / name).is_file() for name in bench.EXAMINATION)
+    (tmp_path / "gates.py").write_text("MOST = 100\n", encoding="utf-8")
+    before = experiment.code_digest(tmp_path, ["gates.py"])
+    (tmp_path / "gates.py").write_text("MOST = 3010\n", encoding="utf-8")
+    assert experiment.code_digest(tmp_path, ["gates.py"]) != before
 
 
 def test_heldout_noise_is_antithetic_and_the_loss_repeats(tiny_parts, style_dir, tmp_path):

@@ -13,11 +13,12 @@ import torch
 from sdlora.allocator import keep_freed_memory
 from sdlora.config import Config
 from sdlora.config_io import load_config
+from sdlora.data.cache import Cache
 from sdlora.errors import ConfigError, SdloraError
 from sdlora.families import resolve_base
 from sdlora.training.progress import PlainReporter
 from tools.style_bench.cells import Cell
-from tools.style_bench.experiment import Experiment, write_json
+from tools.style_bench.experiment import Experiment, code_digest, write_json
 from tools.style_bench.judges import Judges
 from tools.style_bench.measure import Scores, score_cell, score_real
 from tools.style_bench.methods import METHODS
@@ -34,6 +35,10 @@ QUICK_STEPS = 250
 """Training steps of `--quick`, unless the settings say otherwise."""
 NEEDED = ("base", "own")
 """Always drawn: other numbers are measured against them."""
+EXAMINATION = tuple(
+    f"{name}.py" for name in ("gates", "verdict", "pictures", "judges", "networks", "surface", "discriminant")
+)
+"""The parts of the bench that decide what the judges' gates ask and hear."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,7 +131,8 @@ def _panel(experiment: Experiment, despite_gates: bool) -> tuple[Panel, str]:
         ConfigError: if they fail their own examination, unless `despite_gates`.
     """
     panel = Panel.open(experiment.pictures, experiment.work / "real")
-    file = experiment.work / f"gates-{panel.digest[:12]}.json"
+    asked = Cache.key(panel.digest, code_digest(Path(__file__).parent, EXAMINATION))
+    file = experiment.work / f"gates-{asked[:12]}.json"
     return panel, _examine(panel.judges, experiment.pictures, file, despite_gates)
 
 
@@ -136,7 +142,7 @@ def _examine(judges: Judges, pictures: EmojiPictures, file: Path, despite_gates:
     Args:
         judges: the judges.
         pictures: the data set.
-        file: remembers what came out; if it is there, nothing is done again.
+        file: remembers what came out; if it is there, nothing is done again. Its name says what was asked of whom.
         despite_gates: whether to go on if they fail.
 
     Returns:

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -100,10 +101,14 @@ def folder_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def code_digest() -> str:
-    """Returns a hash of the code named in `CODE`, comments and docstrings left out: to reword them changes nothing."""
-    root = Path(sdlora.__file__).parent
-    files = [file for name in CODE for file in (sorted((root / name).glob("*.py")) or [root / name])]
+def code_digest(root: Path = Path(sdlora.__file__).parent, names: Sequence[str] = CODE) -> str:
+    """Returns a hash of code, comments and docstrings left out: to reword them changes nothing.
+
+    Args:
+        root: folder.
+        names: files and folders in it.
+    """
+    files = [file for name in names for file in (sorted((root / name).glob("*.py")) or [root / name])]
     return Cache.key([_meaning(file.read_text(encoding="utf-8")) for file in files])
 
 
