@@ -161,6 +161,17 @@ def test_an_answer_of_the_gates_is_kept_for_what_was_asked(tmp_path):
     assert experiment.code_digest(tmp_path, ["gates.py"]) != before
 
 
+def test_changed_gates_are_asked_anew(tmp_path, monkeypatch):
+    files = []
+    panel = SimpleNamespace(digest="judges", judges=None)
+    monkeypatch.setattr(bench.Panel, "open", lambda pictures, folder: panel)
+    monkeypatch.setattr(bench, "_examine", lambda judges, pictures, file, despite_gates: files.append(file))
+    for code in ("one", "other", "one"):
+        monkeypatch.setattr(bench, "code_digest", lambda root, names, code=code: code)
+        bench._panel(SimpleNamespace(pictures=None, work=tmp_path), despite_gates=False)
+    assert files[0] != files[1] and files[0] == files[2]
+
+
 def test_heldout_noise_is_antithetic_and_the_loss_repeats(tiny_parts, style_dir, tmp_path):
     drawn = heldout._noised(torch.zeros(1, 4, 2, 2), heldout.timesteps(1000), "digest")
     assert drawn.noise.sum(0).abs().max() < 1e-6

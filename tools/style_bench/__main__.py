@@ -35,9 +35,7 @@ QUICK_STEPS = 250
 """Training steps of `--quick`, unless the settings say otherwise."""
 NEEDED = ("base", "own")
 """Always drawn: other numbers are measured against them."""
-EXAMINATION = tuple(
-    f"{name}.py" for name in ("gates", "verdict", "pictures", "judges", "networks", "surface", "discriminant")
-)
+EXAMINATION = tuple(f"{name}.py" for name in ("gates", "verdict", "pictures", "judges", "networks", "surface"))
 """The parts of the bench that decide what the judges' gates ask and hear."""
 
 
