@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdlora.container import open_container
 from sdlora.errors import ModelError
 from sdlora.families.components import load_vae_folder
 
@@ -20,16 +21,35 @@ class LatentSpace:
 
     Attributes:
         title: whose it is.
-        taesd: folder of the small VAE for it.
+        folder: of the small VAE for it, or of one with the same encoder.
+        decoder: TAESD's decoder, where the folder holds another one.
     """
 
     title: str
-    taesd: Path
+    folder: Path
+    decoder: Path | None = None
 
+    def load(self) -> Any:
+        """Loads TAESD, an `AutoencoderTiny`, in fp32 on the CPU.
+
+        Raises:
+            ModelError: if its files are missing or damaged.
+        """
+        taesd: Any = load_vae_folder(self.folder, "")
+        if self.decoder:
+            weights = open_container(self.decoder, "decoder", ModelError)
+            taesd.decoder.load_state_dict({key: weights.read(key) for key in weights.entries})
+        return taesd
+
+
+_HERE = Path(__file__).parent
+_NANO = _HERE.parent / "nano" / "vae"
 
 LATENT_SPACES: Mapping[float, LatentSpace] = {
-    0.18215: LatentSpace("Stable Diffusion 1.x and 2.x", Path(__file__).parent.parent / "nano" / "vae"),
-    0.13025: LatentSpace("Stable Diffusion XL", Path(__file__).parent / "taesdxl"),
+    0.18215: LatentSpace(
+        "Stable Diffusion 1.x and 2.x", _NANO, _HERE / "taesd/decoder.safetensors"
+    ),
+    0.13025: LatentSpace("Stable Diffusion XL", _HERE / "taesdxl"),
 }
 """By the scaling factor of an AutoencoderKL; that of TAESD, of either kind, is 1."""
 
@@ -76,5 +96,4 @@ def _colours() -> Tensor:
 
 def _error(picture: Tensor, latents: Tensor, space: LatentSpace) -> float:
     """Returns by how much TAESD's picture of scaled latents is off, root mean square."""
-    taesd: Any = load_vae_folder(space.taesd, "")
-    return (taesd.decode(latents).sample.clamp(-1, 1) - picture).square().mean().sqrt().item()
+    return (space.load().decode(latents).sample.clamp(-1, 1) - picture).square().mean().sqrt().item()

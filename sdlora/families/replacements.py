@@ -39,7 +39,7 @@ def replace_vae(source: str, family: Family) -> nn.Module:
     """
     scaling = family.vae_config["scaling_factor"]
     if source == "taesd":
-        return load_vae_folder(LATENT_SPACES[scaling].taesd, "")
+        return LATENT_SPACES[scaling].load()
     path = expanded(source)
     if path.is_dir():
         module = _vae_from_folder(path, scaling)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from sdlora.errors import ModelError
 from sdlora.families import Parts
-from sdlora.families.components import load_vae_folder
 from sdlora.families.latent_spaces import LATENT_SPACES
 from sdlora.sampling.modes import evaluating
 from sdlora.sampling.prompts import Prompt
@@ -33,7 +32,7 @@ def quick_vae(parts: Parts) -> nn.Module | None:
     """
     config: dict[str, object] = parts.vae.config  # type: ignore[assignment]
     space = LATENT_SPACES.get(config["scaling_factor"])  # type: ignore[call-overload]
-    return load_vae_folder(space.taesd, "") if space else None
+    return space.load() if space else None
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from sdlora.attention.choose import Fastest
 from sdlora.config import Config
 from sdlora.data.cache import Cache, fingerprint
 from sdlora.data.dataset import Dataset, bucket_counts, prepare
-from sdlora.data.folder import MAX_REASONS, scan
+from sdlora.data.folder import MAX_REASONS, Scan, scan
 from sdlora.diffusion.noise import generator
 from sdlora.errors import ConfigError
 from sdlora.families import Base, Parts, identify, load_parts, native_resolution, native_width, resolve_base
 from sdlora.families.chunks import CHUNK
+from sdlora.sampling.prompts import Prompt
 from sdlora.training.accumulate import cut
 from sdlora.training.board import Board, require_tensorboard
 from sdlora.training.checkpoint import Checkpoint, latest_checkpoint
@@ -31,7 +33,7 @@ from sdlora.training.graph import record_steps
 from sdlora.training.kernels import choose_packing, install_attention, pack
 from sdlora.training.optimizers import make_optimizer, resolve_learning_rates
 from sdlora.training.plan import Plan, make_plan
-from sdlora.training.precision import choose_attention, choose_device, choose_precision
+from sdlora.training.precision import Precision, choose_attention, choose_device, choose_precision
 from sdlora.training.previews import Previews, sample_prompts
 from sdlora.training.progress import Reporter
 from sdlora.training.resnet import simplify_resnets
@@ -45,20 +47,39 @@ SHARE_FOR_DATA = 0.05
 """Of the free GPU memory, at most so much goes to latents, and as much to text states; else they stay outside."""
 
 
-def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: World | None = None) -> Session:
-    """Builds a session; what is cheap and can go wrong comes first.
+@dataclass(frozen=True)
+class Groundwork:
+    """What a run is to be, known before anything heavy is loaded.
 
-    Args:
-        config: the settings; `data.images` must be given.
-        resume: the folder of a run to go on with.
-        reporter: told what is found and chosen.
-        world: the processes that train together; left out, this one alone.
-
-    Raises:
-        SdloraError: anything the user can fix.
+    Attributes:
+        cache: where what was computed is kept.
+        pictures: the folder's pictures and captions.
+        run: where the run's files go.
+        device: on which it trains.
+        base: where the base lies.
+        precision: in which number format.
+        attention: its kind, and why that.
+        counts: pictures by size.
+        plan: how many steps of what.
+        prompts: for the sample pictures.
+        checkpoint: with which the run goes on.
     """
-    world = world or World.single()
-    # Pictures, machine, base and length, before anything heavy is fetched or loaded.
+
+    cache: Cache
+    pictures: Scan
+    run: RunFolder
+    device: torch.device
+    base: Base
+    precision: Precision
+    attention: tuple[str, str]
+    counts: Mapping[tuple[int, int], int]
+    plan: Plan
+    prompts: list[Prompt]
+    checkpoint: Checkpoint | None
+
+
+def _lay_groundwork(config: Config, resume: RunFolder | None, reporter: Reporter, world: World) -> Groundwork:
+    """Finds pictures, machine, base and length, before anything heavy is fetched or loaded."""
     if config.data.images is None:
         raise ConfigError("no pictures: give --images FOLDER")
     if config.output.tensorboard:
@@ -83,36 +104,67 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: 
     reporter.say(plan.sentence())
     prompts = sample_prompts(config, pictures.examples, resolution) if plan.sample_every else []
     checkpoint = _newest(resume, plan, reporter, world) if resume else None
+    return Groundwork(cache, pictures, run, device, base, precision, attention, counts, plan, prompts, checkpoint)
 
-    # The base model and what is computed with it once.
-    parts = load_parts(base, config.base, device=device, dtype=precision.dtype)
+
+def _load_base(config: Config, ground: Groundwork, reporter: Reporter) -> tuple[Parts, Fastest | None]:
+    """Loads the base and chooses its attention; returns what chooses among kernels too, if anything does."""
+    precision = ground.precision
+    parts = load_parts(ground.base, config.base, device=ground.device, dtype=precision.dtype)
     for note in parts.notes:
         reporter.say(note)
     choose_threads(parts, config.train.threads)
     with torch.no_grad():
         parts.family.encode_prompts(parts, [""], config.base.clip_skip)  # fails now if the encoder has fewer layers
-    kernels, said = _install_attention(parts, config, cache, *attention)
+    kernels, said = _install_attention(parts, config, ground.cache, *ground.attention)
     reporter.say(f"Precision: {precision.word} ({precision.reason}). Attention: {said}.")
-    reporter.begin("caching latents", len(pictures.examples))
+    return parts, kernels
+
+
+def _prepare_data(
+    config: Config, ground: Groundwork, parts: Parts, reporter: Reporter, world: World
+) -> tuple[Dataset, Texts]:
+    """Encodes pictures and captions, or finds what was encoded before."""
+    reporter.begin("caching latents", len(ground.pictures.examples))
     dataset = prepare(
         parts,
-        pictures,
+        ground.pictures,
         config.data,
         config.train.seed,
-        cache,
+        ground.cache,
         lambda done, total: reporter.advance(),
         rank=world.rank,
         world_size=world.size,
         barrier=world.barrier,
     )
     reporter.end()
-    texts = Texts(parts, config, cache, plan.total_steps)
-    prompt_notes = [note for prompt in prompts for note in prompt.notes]
+    texts = Texts(parts, config, ground.cache, ground.plan.total_steps)
+    prompt_notes = [note for prompt in ground.prompts for note in prompt.notes]
     for note in (*dataset.notes, *_overlong(texts, dataset), *prompt_notes, *texts.notes):
         reporter.warn(note)
+    return dataset, texts
+
+
+def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: World | None = None) -> Session:
+    """Builds a session; what is cheap and can go wrong comes first.
+
+    Args:
+        config: the settings; `data.images` must be given.
+        resume: the folder of a run to go on with.
+        reporter: told what is found and chosen.
+        world: the processes that train together; left out, this one alone.
+
+    Raises:
+        SdloraError: anything the user can fix.
+    """
+    world = world or World.single()
+    ground = _lay_groundwork(config, resume, reporter, world)
+    run, plan, precision, checkpoint = ground.run, ground.plan, ground.precision, ground.checkpoint
+    parts, kernels = _load_base(config, ground, reporter)
+    dataset, texts = _prepare_data(config, ground, parts, reporter, world)
 
     # What trains.
-    base_digest = f"{fingerprint(parts.denoiser, cache)} {texts.states.fingerprint} {fingerprint(parts.vae, cache)}"
+    prints = (fingerprint(parts.denoiser, ground.cache), texts.states.fingerprint, fingerprint(parts.vae, ground.cache))
     adapters = attach_adapters(parts, config)
     simplify_resnets(parts.denoiser)  # from here on, for targets name the layers by the class of their block
     flat = FlatParameters({c: by_path.values() for c, by_path in adapters.items()}, precision.dtype)
@@ -120,21 +172,21 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: 
     optimizer = make_optimizer(flat, rates, config.optimizer)
     reporter.say(_describe(adapters, rates, config))
     previews = None
-    if prompts and world.is_first:
+    if ground.prompts and world.is_first:
         vae = config.samples.sample_vae
-        previews = Previews(parts, adapters, prompts, run.samples, config.base.clip_skip, vae=vae)
+        previews = Previews(parts, adapters, ground.prompts, run.samples, config.base.clip_skip, vae=vae)
         previews.encode()
-    _place_data(dataset, texts, config, device)
-    if device.type != "cpu":
+    _place_data(dataset, texts, config, ground.device)
+    if ground.device.type != "cpu":
         # Shuffled texts are new at every step; their encoders are needed where they are quick.
-        leave_device(parts, parts.text_encoders if config.data.shuffle_tags else adapters, device)
+        leave_device(parts, parts.text_encoders if config.data.shuffle_tags else adapters, ground.device)
     ladder = make_ladder(
         parts,
         config,
         adapters=adapters["denoiser"],
         numbers=flat.values.numel(),
         batch=plan.share,
-        size=max(counts, key=lambda size: size[0] * size[1]),
+        size=max(ground.counts, key=lambda size: size[0] * size[1]),
         texts=texts,
         recorded=checkpoint.facts.get("memory") if checkpoint else None,
         reporter=reporter,
@@ -152,7 +204,7 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: 
         engine=Engine(parts, flat, optimizer, config.train),
         kernels=kernels,
         rates=rates,
-        base_digest=base_digest,
+        base_digest=" ".join(prints),
         exporter=Exporter(config, parts, adapters, dataset, plan, rates, precision.word),
         previews=previews,
         world=world,
@@ -165,7 +217,7 @@ def set_up(config: Config, resume: RunFolder | None, reporter: Reporter, world: 
     _record(session, reporter)
     world.require_same(session.facts())
     world.first(lambda: _require_space(run, plan, config, flat.values.numel()))
-    world.first(lambda: claim(run, config, base=base.name, anew=resume is None))
+    world.first(lambda: claim(run, config, base=ground.base.name, anew=resume is None))
     if world.is_first:
         reserve(run.root, flat.values.numel() * (4 if config.output.save_dtype == "fp32" else 2))
     if config.output.tensorboard and world.is_first:

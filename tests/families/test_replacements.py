@@ -131,7 +131,7 @@ def test_taesd_keeps_a_picture_in_every_family(request, name):
 
 
 def test_the_two_taesd_are_not_the_same():
-    one, other = (load_vae_folder(space.taesd, "") for space in LATENT_SPACES.values())
+    one, other = (space.load() for space in LATENT_SPACES.values())
     assert not torch.equal(one.decoder.layers[0].weight, other.decoder.layers[0].weight)
 
 
@@ -158,7 +158,7 @@ def test_a_scaling_factor_of_nobody_is_refused(vae_copy, tmp_path):
     edit(vae_copy / "config.json", scaling_factor=0.5)
     with pytest.raises(ModelError, match=r"scaling factor 0\.5; the base .* needs 0\.18215"):
         replace_vae(str(vae_copy), FAMILIES["sd1"])
-    tiny = shutil.copytree(LATENT_SPACES[0.18215].taesd, tmp_path / "tiny")
+    tiny = shutil.copytree(LATENT_SPACES[0.18215].folder, tmp_path / "tiny")
     edit(tiny / "config.json", scaling_factor=0.18215)
     with pytest.raises(ModelError, match=r"needs 1\.0"):
         replace_vae(str(tiny), FAMILIES["sd1"])
@@ -174,15 +174,15 @@ def test_the_checkpoint_of_another_family_is_refused_by_both_names(request, tmp_
 @pytest.mark.parametrize(("base", "given"), [("sd1", 0.13025), ("sdxl", 0.18215)])
 def test_another_familys_taesd_is_told_by_what_it_makes_of_a_picture(base, given):
     with pytest.raises(ModelError, match=f"is that of {LATENT_SPACES[given].title}, as its latents show"):
-        replace_vae(str(LATENT_SPACES[given].taesd), FAMILIES[base])
+        replace_vae(str(LATENT_SPACES[given].folder), FAMILIES[base])
     own = FAMILIES[base].vae_config["scaling_factor"]
-    assert_equal(replace_vae(str(LATENT_SPACES[own].taesd), FAMILIES[base]), replace_vae("taesd", FAMILIES[base]))
+    assert_equal(replace_vae(str(LATENT_SPACES[own].folder), FAMILIES[base]), replace_vae("taesd", FAMILIES[base]))
 
 
 @pytest.mark.parametrize("space", LATENT_SPACES)
 def test_another_familys_autoencoder_is_told_by_what_it_makes_of_a_picture(tmp_path, space):
     """Its latents are unscaled; here TAESD's are, which learned them."""
-    taesd = load_vae_folder(LATENT_SPACES[space].taesd, "")
+    taesd = LATENT_SPACES[space].load()
     posterior = lambda pixels: SimpleNamespace(mean=taesd.encode(pixels).latents / space)  # noqa: E731
     vae = SimpleNamespace(encode=lambda pixels: SimpleNamespace(latent_dist=posterior(pixels)))
     require_latents(tmp_path, vae, space)
@@ -219,7 +219,7 @@ def test_what_is_no_vae_is_named(tmp_path, tiny_sd1, single, write):
     with pytest.raises(ModelError, match="holds no VAE"):
         replace_vae(write({"lora_unet_x.lora_down.weight": torch.ones(1, 1)}), FAMILIES["sd1"])
     with pytest.raises(ModelError, match="--vae taesd"):
-        replace_vae(write(load_file(LATENT_SPACES[0.18215].taesd / WEIGHTS)), FAMILIES["sd1"])
+        replace_vae(write(load_file(LATENT_SPACES[0.18215].folder / WEIGHTS)), FAMILIES["sd1"])
     with pytest.raises(ModelError, match=r"1 keys that are not known, e\.g\. 'encoder\.extra\.weight'"):
         replace_vae(write(tensors | {"encoder.extra.weight": torch.ones(1)}), FAMILIES["sd1"])
     del tensors["encoder.mid.block_1.conv1.bias"]

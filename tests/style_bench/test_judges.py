@@ -11,12 +11,14 @@ from torch.nn import functional as F
 from tools.pretrain_nano.sources import BASE_STYLES, HELD_OUT_STYLES
 from tools.style_bench import jitter
 from tools.style_bench.discriminant import discriminant
-from tools.style_bench.gates import Row, means, table
+from tools.style_bench.gates import GATED, Row, means, table
 from tools.style_bench.imagenet import converted
 from tools.style_bench.judges import WEIGHTS, Gallery, Judges, save
 from tools.style_bench.networks import ConceptNet, Lite0, StyleNet
+from tools.style_bench.panel import UNJUDGED, UNSEEN
 from tools.style_bench.pictures import JUDGED_STYLES, EmojiPictures, lookalikes
 from tools.style_bench.surface import COARSE, EVEN, LEVELS, SIZE, palette, shades, surface
+from tools.style_bench.train_judges import CONCEPT_SPLITS, STYLE_SPLITS, pools
 from tools.style_bench.verdict import answers, style_hits
 
 LIMITS = {"style.safetensors": 5e6, "concept.safetensors": 10e6}
@@ -97,6 +99,19 @@ def test_pictures_are_read_as_drawn(pictures):
 def test_lookalikes_are_pairs_of_styles(pictures):
     assert lookalikes(pictures, ["prompts"]) == {(s, c) for s in ("noto", "twemoji") for c in ("aa", "ab", "ac")}
     assert lookalikes(pictures, ["test"]) == set()
+
+
+def test_judges_learn_from_their_splits_and_not_from_lookalikes(pictures, tmp_path):
+    rows = json.loads((tmp_path / "concepts.json").read_text())
+    for row, split in zip(rows, ("learn", "validation", "prompts"), strict=True):
+        row["split"] = split
+    (tmp_path / "concepts.json").write_text(json.dumps(rows))
+    there = EmojiPictures(tmp_path)
+    style, concept = (pools(there, there, splits) for splits in (STYLE_SPLITS, CONCEPT_SPLITS))
+    assert style["openmoji"].codes == ["aa", "ab"] and concept["openmoji"].codes == ["aa"]
+    assert torch.equal(style["openmoji"].drawn, there.bytes("openmoji", ["aa", "ab"]))
+    assert not style["noto"].codes  # as twemoji has the same
+    assert not {*STYLE_SPLITS} & {*UNJUDGED} and not {*CONCEPT_SPLITS} & {*UNSEEN} and GATED in UNJUDGED
 
 
 def test_the_gallery_never_looks_at_the_judged_style(judges, pictures):

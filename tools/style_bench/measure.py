@@ -18,7 +18,7 @@ from tools.style_bench import metrics
 from tools.style_bench.cells import Cell
 from tools.style_bench.draw import to_floats
 from tools.style_bench.experiment import write_json
-from tools.style_bench.panel import UNSEEN, Panel
+from tools.style_bench.panel import UNJUDGED, UNSEEN, Panel
 from tools.style_bench.pictures import EmojiPictures
 from tools.style_bench.protocol import Task
 from tools.style_bench.verdict import style_hits
@@ -133,7 +133,7 @@ def _copies(pictures: EmojiPictures, task: Task, small: Tensor, training: Sequen
 
 def _real_features(panel: Panel, task: Task, without: Sequence[Concept]) -> Tensor:
     """Returns features of the real pictures of the target style that nobody learned from, (M, D)."""
-    unseen = tuple(c for c in panel.pictures.concepts if c.split in UNSEEN and c not in without)
+    unseen = tuple(c for c in panel.pictures.concepts if c.split in UNJUDGED and c not in without)
     table, there = panel.real(task.style.id, unseen)
     return table[there]
 

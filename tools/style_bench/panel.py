@@ -20,7 +20,9 @@ from tools.style_bench.judges import WEIGHTS, Gallery, Judges
 from tools.style_bench.pictures import EmojiPictures
 
 UNSEEN = ("prompts", "validation", "test")
-"""Splits from which neither a LoRA nor a judge has learned."""
+"""Splits from which neither a LoRA nor the concept judge has learned."""
+UNJUDGED = ("prompts", "test")
+"""Splits from which the style judge has not learned either."""
 
 Embed = Callable[[str, Sequence[str]], Tensor]
 """(style, codes) -> embeddings of real pictures, (N, E)."""
