@@ -2,8 +2,9 @@
 
     python -m tools.pretrain_nano.decoder --data build/emoji --base build/nano/base
 
-TAESD learned from photographs to decode clean latents. Here its decoder learns the base's flat colours and hard edges,
-and to find them again in latents that are off by what the denoiser leaves. The encoder, and so the latents, stay.
+TAESD learned from photographs to decode clean latents. Here its decoder learns flat colours and hard edges, and to find
+those of the base's styles again in latents that are off by what the denoiser leaves. The encoder, and so the latents,
+stay.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ from sdlora.families.loading import NANO
 from sdlora.sampling.samplers import make_scheduler
 from tools.pretrain_nano import model
 from tools.pretrain_nano.captions import prompt
-from tools.pretrain_nano.latents import Latents, base_pictures, load_latents
+from tools.pretrain_nano.latents import base_pictures
 from tools.pretrain_nano.sources import STYLE_OF
 from tools.style_bench.draw import CFG, SAMPLER, STEPS
 
 BATCH = 8
+STRANGE = 0.5
+"""Share of the batches whose pictures change their colours, so that styles of other colours are not drawn in these."""
 REDRAWN = 5
-"""A batch is drawn back through 0 to so many of the base's last steps; 0 leaves the encoder's own latents."""
+"""Other batches are drawn back through 1 to so many of the base's last steps."""
 RATE = 3e-4
 WARM_UP = 0.05
 """Share of the steps over which the rate rises; then it falls to zero along a half cosine."""
@@ -60,23 +63,29 @@ class Lesson:
 class School:
     """The base's pictures and the base itself, whose drawings are decoded."""
 
-    def __init__(self, data: Path, latents: Latents, parts: Parts, seed: int = 0) -> None:
-        self._folder, self._latents, self._parts, self._seed = data / "pictures", latents, parts, seed
+    def __init__(self, data: Path, parts: Parts, seed: int = 0) -> None:
+        self._folder, self._parts, self._seed = data / "pictures", parts, seed
         self._listed = base_pictures(data)
 
+    @torch.no_grad()
     def lesson(self, step: int, size: int = BATCH) -> Lesson:
         """Returns what is learned in a step, a function of the seed and the step."""
         chance = random.Random(f"decoder {self._seed} {step}")
-        rows = chance.sample(range(len(self._listed)), size)
-        clean = self._latents.values[rows, 0].float()
-        captions = [prompt(concept, STYLE_OF[style]) for style, concept in (self._listed[row] for row in rows)]
-        noise = torch.randn(clean.shape, generator=generator(self._seed, "decoder", step))
-        latents = redrawn(self._parts, clean, noise, captions, chance.randint(0, REDRAWN))
-        return Lesson(latents, torch.stack([self._picture(row) for row in rows]))
+        chosen = chance.sample(self._listed, size)
+        strange = chance.random() < STRANGE
+        pictures = torch.stack([self._picture(style, concept.code) for style, concept in chosen])
+        if strange:
+            pictures = torch.stack([picture[chance.sample(range(3), 3)] for picture in pictures])
+        pictures = pictures.contiguous(memory_format=torch.channels_last)
+        latents = self._parts.vae.encode(pictures).latents
+        if not strange:
+            captions = [prompt(concept, STYLE_OF[style]) for style, concept in chosen]
+            noise = torch.randn(latents.shape, generator=generator(self._seed, "decoder", step))
+            latents = redrawn(self._parts, latents, noise, captions, chance.randint(1, REDRAWN))
+        return Lesson(latents, pictures)
 
-    def _picture(self, row: int) -> Tensor:
-        style, concept = self._listed[row]
-        with Image.open(self._folder / style / f"{concept.code}.png") as picture:
+    def _picture(self, style: str, code: str) -> Tensor:
+        with Image.open(self._folder / style / f"{code}.png") as picture:
             values = torch.from_numpy(np.array(picture.convert("RGB")))
         return values.permute(2, 0, 1).float() / 127.5 - 1
 
@@ -90,12 +99,10 @@ def redrawn(parts: Parts, clean: Tensor, noise: Tensor, captions: list[str], ste
         clean: (B, 4, 16, 16).
         noise: (B, 4, 16, 16).
         captions: B prompts.
-        steps: how many of the last steps; 0 returns `clean`.
+        steps: how many of the last steps, at least 1.
 
     Source: image to image in diffusers' `StableDiffusionImg2ImgPipeline`.
     """
-    if not steps:
-        return clean
     ids = model.token_ids(parts.tokenizers["text_encoder"], [*captions, *[""] * len(captions)])
     words = parts.text_encoders["text_encoder"](ids).last_hidden_state
     scheduler = make_scheduler(SAMPLER, parts.scheduler_config)
@@ -158,13 +165,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.pretrain_nano.decoder", description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="data set, made by tools.pretrain_nano.build")
     parser.add_argument("--base", type=Path, default=NANO, help="diffusers folder; default: the embedded base")
-    parser.add_argument("--pictures", type=float, default=20_000, help="how many are learned from")
+    parser.add_argument("--pictures", type=float, default=14_400, help="how many are learned from")
     parser.add_argument("--out", type=Path, help="folder of the autoencoder; default: BASE/vae")
     arguments = parser.parse_args()
     vae = LATENT_SPACES[0.18215].load().requires_grad_(False)
-    latents = load_latents(arguments.data, vae, arguments.data / "latents.safetensors")
     parts = load_parts(Base(str(arguments.base), arguments.base, "given"))
-    teach(vae, School(arguments.data, latents, parts), int(arguments.pictures) // BATCH)
+    teach(vae, School(arguments.data, parts), int(arguments.pictures) // BATCH)
     save(vae, arguments.out or arguments.base / "vae")
 
 
