@@ -46,9 +46,7 @@ _HERE = Path(__file__).parent
 _NANO = _HERE.parent / "nano" / "vae"
 
 LATENT_SPACES: Mapping[float, LatentSpace] = {
-    0.18215: LatentSpace(
-        "Stable Diffusion 1.x and 2.x", _NANO, _HERE / "taesd/decoder.safetensors"
-    ),
+    0.18215: LatentSpace("Stable Diffusion 1.x and 2.x", _NANO, _HERE / "taesd/decoder.safetensors"),
     0.13025: LatentSpace("Stable Diffusion XL", _HERE / "taesdxl"),
 }
 """By the scaling factor of an AutoencoderKL; that of TAESD, of either kind, is 1."""

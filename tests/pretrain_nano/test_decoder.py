@@ -10,10 +10,10 @@ from PIL import Image
 from torch.testing import assert_close
 
 from sdlora.families import Base, Parts, load_parts
-from sdlora.families.latent_spaces import LATENT_SPACES
 from sdlora.families.loading import NANO
 from tools.pretrain_nano.concepts import Concept
 from tools.pretrain_nano.decoder import School, redrawn, save, teach
+from tools.pretrain_nano.model import load_taesd
 from tools.style_bench.draw import CFG, STEPS
 
 COLOURS = ("gold", "crimson", "teal", "navy", "black", "orange", "olive", "purple")
@@ -75,7 +75,7 @@ def test_a_lesson_is_a_function_of_the_step_and_fits_its_pictures(school, nano_p
 
 
 def test_only_the_decoder_learns_and_the_folder_is_an_autoencoder(school, tmp_path):
-    vae = LATENT_SPACES[0.18215].load()
+    vae = load_taesd()
     before = {name: value.clone() for name, value in vae.state_dict().items()}
     lesson = school.lesson(0)
 
@@ -95,7 +95,7 @@ def test_only_the_decoder_learns_and_the_folder_is_an_autoencoder(school, tmp_pa
 
 def test_the_embedded_base_decodes_the_latents_of_taesd():
     """Its encoder is TAESD's own, so latents, LoRAs and previews go together."""
-    taesd, nano = LATENT_SPACES[0.18215].load(), load_parts(Base("nano", NANO, "test")).vae
+    taesd, nano = load_taesd(), load_parts(Base("nano", NANO, "test")).vae
     for name, value in taesd.encoder.state_dict().items():
         assert torch.equal(value, nano.encoder.state_dict()[name])
     ramp = torch.linspace(-0.9, 0.9, 64).expand(1, 3, 64, 64)

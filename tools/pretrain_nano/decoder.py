@@ -26,7 +26,6 @@ from torch import Tensor
 from sdlora.atomic import replacing
 from sdlora.diffusion.noise import generator
 from sdlora.families import Base, Parts, load_parts
-from sdlora.families.latent_spaces import LATENT_SPACES
 from sdlora.families.loading import NANO
 from sdlora.sampling.samplers import make_scheduler
 from tools.pretrain_nano import model
@@ -168,7 +167,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=float, default=14_400, help="how many are learned from")
     parser.add_argument("--out", type=Path, help="folder of the autoencoder; default: BASE/vae")
     arguments = parser.parse_args()
-    vae = LATENT_SPACES[0.18215].load().requires_grad_(False)
+    vae = model.load_taesd()
     parts = load_parts(Base(str(arguments.base), arguments.base, "given"))
     teach(vae, School(arguments.data, parts), int(arguments.pictures) // BATCH)
     save(vae, arguments.out or arguments.base / "vae")

@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from sdlora.families.latent_spaces import LATENT_SPACES
 from sdlora.families.loading import NANO
+from sdlora.families.sd1 import SD1
 from tools.pretrain_nano.tokenizer import VOCABULARY
 
 WIDTH = 128
@@ -58,8 +60,13 @@ def new_text_encoder() -> CLIPTextModel:
 
 
 def load_autoencoder() -> AutoencoderTiny:
-    """Returns TAESD in fp32."""
+    """Returns the embedded base's autoencoder in fp32."""
     return AutoencoderTiny.from_pretrained(NANO / "vae", torch_dtype=torch.float32).eval()
+
+
+def load_taesd() -> AutoencoderTiny:
+    """Returns TAESD in fp32, as its author made it."""
+    return LATENT_SPACES[SD1.vae_config["scaling_factor"]].load()
 
 
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
