@@ -1,6 +1,7 @@
 """Makes both judges from nothing but the data set and EfficientNet-Lite0's ImageNet weights.
 
     python -m tools.style_bench.train_judges --data build/emoji
+    python -m tools.style_bench.train_judges --data build/emoji --only style --go-on --steps 500 --rate 4e-4
 
 The concept judge learns from the split "learn" and is a closed formula on frozen features; the style judge learns from
 "validation" too and is trained by gradient descent. Times on one core are in README.md beside this file.
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -73,7 +75,9 @@ def pools(pictures: EmojiPictures, reconstructions: Reconstructions, splits: Seq
     return found
 
 
-def train_style_net(pool: dict[str, Pool], start: dict[str, Tensor], steps: int, seed: int = 0) -> StyleNet:
+def train_style_net(
+    pool: dict[str, Pool], start: dict[str, Tensor], steps: int, rate: float = RATE, seed: int = 0
+) -> StyleNet:
     """Returns a trained style judge.
 
     Half of what it sees has taken the round trip. Size, place, sharpness and, slightly, colour vary, so that none of
@@ -81,19 +85,23 @@ def train_style_net(pool: dict[str, Pool], start: dict[str, Tensor], steps: int,
 
     Args:
         pool: the pictures by style.
-        start: weights of `networks.Lite0`.
+        start: weights of `networks.Lite0`, or those of a style judge to go on with.
         steps: batches to learn from.
+        rate: the highest learning rate; it rises to it, and then falls to zero.
         seed: of everything that is left to chance.
     """
     rng = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     net = StyleNet(len(JUDGED_STYLES) + 1)
-    load_body(net.body, start)
-    sample = [as_floats(source[::4]) for style in pool.values() for source in (style.drawn, style.decoded)]
-    net.get_used_to(torch.cat(sample))
+    if start.keys() == net.state_dict().keys():
+        net.load_state_dict(start)
+    else:
+        load_body(net.body, start)
+        sample = [as_floats(source[::4]) for style in pool.values() for source in (style.drawn, style.decoded)]
+        net.get_used_to(torch.cat(sample))
     net = net.train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.15)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.15)
     began, right, losses = time.monotonic(), 0.0, 0.0
     for step in range(1, steps + 1):
         views, styles = _batch(pool, rng)
@@ -153,6 +161,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder of the weights")
     parser.add_argument("--only", choices=("style", "concept"), help="train one judge")
     parser.add_argument("--steps", type=int, default=STEPS, help="batches that the style judge learns from")
+    parser.add_argument("--rate", type=float, default=RATE, help="its highest learning rate")
+    parser.add_argument("--go-on", action="store_true", help="begin with the style judge in OUT, not with ImageNet's")
     parser.add_argument("--seed", type=int, default=0, help="of the style judge's training")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -168,8 +178,11 @@ def main() -> None:
         print(f"concept judge: {time.process_time() - began:.0f} s of one core", flush=True)
     if arguments.only != "concept":
         began = time.process_time()
-        net = train_style_net(pools(pictures, reconstructions, STYLE_SPLITS), start, arguments.steps, arguments.seed)
-        save(net, arguments.out / "style.safetensors", {"styles": ",".join((*JUDGED_STYLES, NONE))})
+        file = arguments.out / "style.safetensors"
+        start = load_file(file) if arguments.go_on else start
+        pool = pools(pictures, reconstructions, STYLE_SPLITS)
+        net = train_style_net(pool, start, arguments.steps, arguments.rate, arguments.seed)
+        save(net, file, {"styles": ",".join((*JUDGED_STYLES, NONE))})
         print(f"style judge: {time.process_time() - began:.0f} s of one core", flush=True)
 
 
