@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,7 +29,8 @@ from sdlora.families.loading import NANO
 from sdlora.sampling.samplers import make_scheduler
 from tools.pretrain_nano import model
 from tools.pretrain_nano.captions import prompt
-from tools.pretrain_nano.latents import base_pictures
+from tools.pretrain_nano.concepts import Concept
+from tools.pretrain_nano.latents import base_pictures, read_picture
 from tools.pretrain_nano.sources import STYLE_OF
 from tools.style_bench.draw import CFG, SAMPLER, STEPS
 
@@ -63,7 +63,7 @@ class School:
     """The base's pictures and the base itself, whose drawings are decoded."""
 
     def __init__(self, data: Path, parts: Parts, seed: int = 0) -> None:
-        self._folder, self._parts, self._seed = data / "pictures", parts, seed
+        self._data, self._parts, self._seed = data, parts, seed
         self._listed = base_pictures(data)
 
     @torch.no_grad()
@@ -72,7 +72,7 @@ class School:
         chance = random.Random(f"decoder {self._seed} {step}")
         chosen = chance.sample(self._listed, size)
         strange = chance.random() < STRANGE
-        pictures = torch.stack([self._picture(style, concept.code) for style, concept in chosen])
+        pictures = torch.stack([self._picture(style, concept) for style, concept in chosen])
         if strange:
             pictures = torch.stack([picture[chance.sample(range(3), 3)] for picture in pictures])
         pictures = pictures.contiguous(memory_format=torch.channels_last)
@@ -83,9 +83,8 @@ class School:
             latents = redrawn(self._parts, latents, noise, captions, chance.randint(1, REDRAWN))
         return Lesson(latents, pictures)
 
-    def _picture(self, style: str, code: str) -> Tensor:
-        with Image.open(self._folder / style / f"{code}.png") as picture:
-            values = torch.from_numpy(np.array(picture.convert("RGB")))
+    def _picture(self, style: str, concept: Concept) -> Tensor:
+        values = torch.from_numpy(np.array(read_picture(self._data, style, concept)))
         return values.permute(2, 0, 1).float() / 127.5 - 1
 
 

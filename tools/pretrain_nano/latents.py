@@ -106,9 +106,14 @@ def _encode(data: Path, pictures: list[tuple[str, Concept]], vae: AutoencoderTin
     return latents.unflatten(0, (len(pictures), views)).contiguous()
 
 
-def _views(data: Path, style: str, concept: Concept, views: int) -> list[Image.Image]:
+def read_picture(data: Path, style: str, concept: Concept) -> Image.Image:
+    """Returns a picture of the data set, in RGB on white."""
     with Image.open(data / "pictures" / style / f"{concept.code}.png") as file:
-        picture = file.convert("RGB")
+        return file.convert("RGB")
+
+
+def _views(data: Path, style: str, concept: Concept, views: int) -> list[Image.Image]:
+    picture = read_picture(data, style, concept)
     return [picture, *(_moved(picture, generator("view", style, concept.code, n)) for n in range(1, views))]
 
 

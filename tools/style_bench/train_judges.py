@@ -172,15 +172,16 @@ def main() -> None:
     start = imagenet_weights(cache)
     reconstructions = Reconstructions(pictures, cache)
     if arguments.only != "style":
+        pool = pools(pictures, reconstructions, CONCEPT_SPLITS)
         began = time.process_time()
-        net = fit_concept_net(pools(pictures, reconstructions, CONCEPT_SPLITS), start)
+        net = fit_concept_net(pool, start)
         save(net, arguments.out / "concept.safetensors", {})
         print(f"concept judge: {time.process_time() - began:.0f} s of one core", flush=True)
     if arguments.only != "concept":
-        began = time.process_time()
         file = arguments.out / "style.safetensors"
         start = load_file(file) if arguments.go_on else start
         pool = pools(pictures, reconstructions, STYLE_SPLITS)
+        began = time.process_time()
         net = train_style_net(pool, start, arguments.steps, arguments.rate, arguments.seed)
         save(net, file, {"styles": ",".join((*JUDGED_STYLES, NONE))})
         print(f"style judge: {time.process_time() - began:.0f} s of one core", flush=True)
