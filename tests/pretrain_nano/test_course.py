@@ -13,21 +13,23 @@ from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
 from sdlora.adapters import find_layers
+from sdlora.diffusion.schedule import Schedule
 from sdlora.families.loading import NANO
 from sdlora.families.sd1 import SD1
 from tools.pretrain_nano import model, twin
-from tools.pretrain_nano.batches import batch
+from tools.pretrain_nano.batches import FILL, STAIN, Batch, batch, stains
 from tools.pretrain_nano.captions import caption, prompt
 from tools.pretrain_nano.concepts import Concept
-from tools.pretrain_nano.course import Course, Settings, loss_weight
+from tools.pretrain_nano.course import Base, Course, Settings, loss_weight
 from tools.pretrain_nano.crew import Crew
-from tools.pretrain_nano.latents import Latents, load_latents
+from tools.pretrain_nano.latents import Latents, even_fills, load_latents
 from tools.pretrain_nano.model import save_base
 from tools.pretrain_nano.sources import STYLES
 from tools.pretrain_nano.tokenizer import TRIGGERS, train_tokenizer
 from tools.pretrain_nano.train import STATE, TURN, take_tokenizer, take_up
 
 NOTO = STYLES[0]
+SCHEDULE = Schedule.from_config(json.loads((NANO / "scheduler/scheduler_config.json").read_text()))
 
 
 def concept(n: int) -> Concept:
@@ -36,8 +38,10 @@ def concept(n: int) -> Concept:
 
 @pytest.fixture
 def data() -> Latents:
-    values = torch.randn(10, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0)).half()
-    return Latents(values, [concept(n) for n in range(10)], ["noto"] * 10)
+    rng = torch.Generator().manual_seed(0)
+    values = torch.randn(10, 2, 4, 16, 16, generator=rng).half()
+    fills = torch.rand(10, 2, 16, 16, generator=rng) < 0.2
+    return Latents(values, fills, [concept(n) for n in range(10)], ["noto"] * 10)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,7 @@ def tokenizer(tmp_path_factory):
 
 
 def test_a_batch_is_a_function_of_seed_and_step(data):
-    first, again, other = batch(data, 7, 4, 0), batch(data, 7, 4, 0), batch(data, 7, 4, 1)
+    first, again, other = (batch(data, 7, 4, seed, SCHEDULE) for seed in (0, 0, 1))
     assert torch.equal(first.latents, again.latents) and torch.equal(first.noise, again.noise)
     assert torch.equal(first.timesteps, again.timesteps) and first.captions == again.captions
     assert not torch.equal(first.noise, other.noise)
@@ -54,15 +58,61 @@ def test_a_batch_is_a_function_of_seed_and_step(data):
 
 def test_an_epoch_shows_every_picture_once(data):
     for epoch in range(3):
-        seen = [batch(data, step, 2, 0).latents for step in range(5 * epoch, 5 * (epoch + 1))]
+        seen = [batch(data, step, 2, 0, SCHEDULE).latents for step in range(5 * epoch, 5 * (epoch + 1))]
         shown = {tuple(latent.flatten()[:3].tolist()) for part in seen for latent in part}
         first_numbers = [{tuple(view.flatten()[:3].tolist()) for view in views} for views in data.values.float()]
         assert all(len(shown & views) == 1 for views in first_numbers)
 
 
 def test_timesteps_are_spread_over_the_whole_schedule(data):
-    timesteps = batch(data, 3, 10, 0).timesteps.sort().values
+    timesteps = batch(data, 3, 10, 0, SCHEDULE).timesteps.sort().values
     assert ((timesteps >= torch.arange(0, 1000, 100)) & (timesteps < torch.arange(100, 1001, 100))).all()
+
+
+def test_half_of_the_samples_are_stained_smoothly_and_never_more_than_noise_is():
+    spread = torch.tensor([0.1, STAIN, 2.0]).repeat_interleave(400)
+    found = stains(spread, torch.Size((1200, 4, 16, 16)), torch.Generator().manual_seed(0))
+    assert torch.equal(found, stains(spread, found.shape, torch.Generator().manual_seed(0)))
+    stained = found.flatten(1).abs().amax(1) > 0
+    assert abs(stained.float().mean() - 0.5) < 0.05
+    # The mean square over an even strength from 0 to the greatest is a third of its square.
+    parts = zip(found.split(400), stained.split(400), strict=True)
+    deviations = [part[there].square().mean().sqrt() for part, there in parts]
+    greatest = torch.tensor([1.0, 1.0, STAIN / 2.0])
+    assert torch.allclose(torch.stack(deviations), greatest / 3**0.5, rtol=0.15)
+    steps = found[stained].diff(dim=3).square().mean().sqrt()
+    assert steps < 0.5 * found[stained].square().mean().sqrt()  # of white noise 1.4
+
+
+def test_what_undoes_a_stain_is_the_clean_picture(data):
+    b = batch(data, 0, 10, 0, SCHEDULE)
+    share = SCHEDULE.alphas_cumprod[b.timesteps][:, None, None, None]
+    seen = SCHEDULE.add_noise(b.latents, b.noise, b.timesteps)
+    assert torch.allclose((seen - (1 - share).sqrt() * b.noise) / share.sqrt(), b.latents, atol=1e-3)
+
+
+def test_a_fill_is_even_and_not_white():
+    picture = torch.ones(3, 128, 128)
+    picture[:, 32:96, 32:96] = torch.tensor([0.8, 0.2, 0.1])[:, None, None]
+    shaded = picture.clone()
+    shaded[0, 32:96, 32:96] = torch.linspace(0, 1, 64)
+    found = even_fills(torch.stack((picture, shaded, torch.ones(3, 128, 128))))
+    inside = torch.zeros(16, 16, dtype=torch.bool)
+    inside[5:11, 5:11] = True  # cells at its edge see white around them
+    assert torch.equal(found[0], inside)
+    assert not found[1:].any()
+
+
+def test_an_error_in_a_fill_counts_more():
+    base = Base(0)
+    base.working = lambda seen, t, states, return_dict: (torch.zeros_like(seen),)
+    noise = torch.ones(1, 4, 16, 16)
+    ids, t = torch.zeros(1, 77, dtype=torch.long), torch.tensor([300])
+    weights = torch.ones(1, 16, 16)
+    plain = base.losses(Batch(noise, [""], noise, t, weights), ids)
+    assert torch.allclose(plain, loss_weight(base.schedule.snr(t)))
+    weights[:, :8] = FILL
+    assert torch.allclose(base.losses(Batch(noise, [""], noise, t, weights), ids), plain * (1 + FILL) / 2)
 
 
 def test_captions_leave_things_out_as_often_as_they_should():
@@ -190,8 +240,10 @@ def test_latents_are_kept_until_the_data_set_is_another(tmp_path):
     assert first.values.shape == (1, 2, 4, 16, 16) and first.styles == ["noto"]
     exact = vae.encode(torch.full((1, 3, 128, 128), 200 / 127.5 - 1)).latents
     assert (first.values[0, 0] - exact).abs().max() < 0.1
+    assert first.fills[0, 0].all() and not first.fills[0, 1].all()  # the second is smaller, on white
     Image.fromarray(np.zeros((128, 128, 3), np.uint8)).save(folder / "0001.png")
-    assert torch.equal(load_latents(tmp_path, vae, cache, views=2).values, first.values)
+    again = load_latents(tmp_path, vae, cache, views=2)
+    assert torch.equal(again.values, first.values) and torch.equal(again.fills, first.fills)
     (tmp_path / "manifest.json").write_text('{"sha256": "b"}')
     assert not torch.equal(load_latents(tmp_path, vae, cache, views=2).values, first.values)
 

@@ -7,11 +7,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sdlora.diffusion.noise import generator
+from sdlora.diffusion.schedule import Schedule
 from tools.pretrain_nano.captions import caption
 from tools.pretrain_nano.latents import Latents
 from tools.pretrain_nano.sources import STYLE_OF
+
+STAIN = 0.3
+"""Greatest deviation of a stain, in latents."""
+GRIDS = (2, 4, 8)
+"""Stains have the size of half a picture, of a quarter or of an eighth."""
+FILL = 5.0
+"""How much an error in a fill counts, one elsewhere counting 1."""
 
 
 @dataclass(frozen=True)
@@ -21,17 +30,19 @@ class Batch:
     Attributes:
         latents: (B, 4, 16, 16) fp32.
         captions: B sentences.
-        noise: (B, 4, 16, 16).
+        noise: (B, 4, 16, 16), `stains` among it.
         timesteps: (B,), spread evenly over the schedule.
+        weights: (B, 16, 16), how much an error counts in each place.
     """
 
     latents: Tensor
     captions: list[str]
     noise: Tensor
     timesteps: Tensor
+    weights: Tensor
 
 
-def batch(data: Latents, step: int, size: int, seed: int, num_timesteps: int = 1000) -> Batch:
+def batch(data: Latents, step: int, size: int, seed: int, schedule: Schedule) -> Batch:
     """Returns the batch of a step. Every picture comes once per epoch, in an order of that epoch.
 
     Timesteps are stratified: the range is cut into `size` equal parts and each part gives one, so that no step sees
@@ -51,8 +62,40 @@ def batch(data: Latents, step: int, size: int, seed: int, num_timesteps: int = 1
     latents = data.values[rows, views].float()
     noise = torch.randn(latents.shape, generator=rng)
     parts = (torch.arange(size) + torch.rand(size, generator=rng)) / size
-    timesteps = (parts * num_timesteps).long()[torch.randperm(size, generator=rng)]
-    return Batch(latents, captions, noise, timesteps.clamp(max=num_timesteps - 1))
+    last = len(schedule) - 1
+    timesteps = (parts * (last + 1)).long()[torch.randperm(size, generator=rng)].clamp(max=last)
+    noise += stains(schedule.snr(timesteps).rsqrt(), latents.shape, rng)
+    weights = 1 + (FILL - 1) * data.fills[rows, views].float()
+    return Batch(latents, captions, noise, timesteps, weights)
+
+
+def stains(spread: Tensor, shape: torch.Size, rng: torch.Generator) -> Tensor:
+    """Returns smooth noise that half of the samples get on top of the white noise.
+
+    White noise hardly changes the mean over a fill, so the denoiser learns to believe the colours that it sees; when it
+    draws, they are its own, and what is wrong in them stays. Stains make it learn which colours there should be. Above
+    some noise they are no longer worth mentioning beside it.
+
+    Args:
+        spread: deviation of each sample's noise, measured in latents, (B,).
+        shape: (B, C, h, w).
+        rng: source of randomness.
+
+    Returns:
+        (B, C, h, w), in units of the noise: at most its own deviation, and at most `STAIN` in latents.
+
+    Source: smooth noise of several sizes, Whitaker 2023, "Multi-resolution noise"; a disturbed input against errors of
+    one's own, Ning et al. 2023, arXiv:2301.11706. Here the target counts it as noise, so the clean picture stays it.
+    """
+    size, channels, height, width = shape
+    kinds = []
+    for grid in GRIDS:
+        coarse = torch.randn(size, channels, grid, grid, generator=rng)
+        smooth = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=False)
+        kinds.append(smooth / smooth.std())
+    chosen = torch.randint(len(GRIDS), (size,), generator=rng)
+    strength = (2 * torch.rand(size, generator=rng) - 1).clamp(min=0) * (STAIN / spread).clamp(max=1)
+    return torch.stack(kinds)[chosen, torch.arange(size)] * strength[:, None, None, None]
 
 
 _orders: dict[tuple[int, int, int], Tensor] = {}

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from sdlora import families
 from sdlora.atomic import replacing
-from sdlora.diffusion.losses import squared_error
 from sdlora.diffusion.schedule import Schedule
 from tools.pretrain_nano import model, twin
 from tools.pretrain_nano.batches import Batch, batch
@@ -116,7 +115,7 @@ class Base(nn.Module):
         if self.working:
             self.working.follow()
         self.zero_grad()
-        mine = Batch(b.latents[share], b.captions[share], b.noise[share], b.timesteps[share])
+        mine = Batch(b.latents[share], b.captions[share], b.noise[share], b.timesteps[share], b.weights[share])
         loss = self.losses(mine, ids[share]).sum() / len(ids)
         loss.backward()
         if self.working:
@@ -133,7 +132,8 @@ class Base(nn.Module):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or self.working is not None):
             states = self.text(ids.to(device)).last_hidden_state
             guess = (self.working or self.denoiser)(seen, t, states, return_dict=False)[0]
-        return squared_error(guess, noise) * loss_weight(schedule.snr(t))
+        errors = (guess.float() - noise).square().mean(1) * b.weights.to(device)
+        return errors.flatten(1).mean(1) * loss_weight(schedule.snr(t))
 
 
 class Course:
@@ -171,7 +171,7 @@ class Course:
         """Takes one step; returns its mean loss."""
         settings = self.settings
         self.base.text.requires_grad_(self.step < settings.turn)
-        b = batch(data, self.step, settings.size, settings.seed)
+        b = batch(data, self.step, settings.size, settings.seed, self.base.schedule)
         ids = model.token_ids(tokenizer, b.captions)
         loss = self.crew.gradients(b, ids) if self.crew else self.base.gradients(b, ids, slice(None))
         nn.utils.clip_grad_norm_(self.base.parameters(), 1.0)

@@ -90,6 +90,7 @@ class Desk:
 
     def __init__(self, size: int) -> None:
         self.latents, self.noise = (torch.zeros(size, 4, 16, 16).share_memory_() for _ in range(2))
+        self.weights = torch.zeros(size, 16, 16).share_memory_()
         self.timesteps = torch.zeros(size, dtype=torch.long).share_memory_()
         self.ids = torch.zeros(size, 77, dtype=torch.long).share_memory_()
         self.trains_text, self.over = (torch.zeros((), dtype=torch.long).share_memory_() for _ in range(2))
@@ -100,12 +101,13 @@ class Desk:
         self.latents.copy_(b.latents)
         self.noise.copy_(b.noise)
         self.timesteps.copy_(b.timesteps)
+        self.weights.copy_(b.weights)
         self.ids.copy_(ids)
         self.trains_text.fill_(trains_text)
 
     def batch(self) -> Batch:
         """Returns what lies there; the words are there as ids only."""
-        return Batch(self.latents, [""] * len(self.ids), self.noise, self.timesteps)
+        return Batch(self.latents, [""] * len(self.ids), self.noise, self.timesteps, self.weights)
 
 
 def _work(base: Base, desk: Desk, share: slice, result: list[Tensor], start, done, folder: Path) -> None:
