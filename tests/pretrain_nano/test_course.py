@@ -91,6 +91,17 @@ def test_what_undoes_a_stain_is_the_clean_picture(data):
     assert torch.allclose((seen - (1 - share).sqrt() * b.noise) / share.sqrt(), b.latents, atol=1e-3)
 
 
+def test_a_batch_is_stained_where_there_is_little_noise_and_knows_its_fills(data):
+    means = [[] for _ in range(5)]  # by fifths of the schedule
+    for step in range(60):
+        b = batch(data, step, 10, 0, SCHEDULE)
+        assert set(b.weights.unique().tolist()) == {1.0, FILL}
+        for noise, t in zip(b.noise, b.timesteps.tolist(), strict=True):
+            means[t // 200].append(F.avg_pool2d(noise, 8))
+    little, *_, much = (torch.stack(part).std() for part in means)
+    assert little > 1.5 / 8 and much < 1.1 / 8  # white noise: 1 / 8
+
+
 def test_a_fill_is_even_and_not_white():
     picture = torch.ones(3, 128, 128)
     picture[:, 32:96, 32:96] = torch.tensor([0.8, 0.2, 0.1])[:, None, None]

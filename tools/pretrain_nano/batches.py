@@ -62,8 +62,7 @@ def batch(data: Latents, step: int, size: int, seed: int, schedule: Schedule) ->
     latents = data.values[rows, views].float()
     noise = torch.randn(latents.shape, generator=rng)
     parts = (torch.arange(size) + torch.rand(size, generator=rng)) / size
-    last = len(schedule) - 1
-    timesteps = (parts * (last + 1)).long()[torch.randperm(size, generator=rng)].clamp(max=last)
+    timesteps = (parts * len(schedule)).long()[torch.randperm(size, generator=rng)].clamp(max=len(schedule) - 1)
     noise += stains(schedule.snr(timesteps).rsqrt(), latents.shape, rng)
     weights = 1 + (FILL - 1) * data.fills[rows, views].float()
     return Batch(latents, captions, noise, timesteps, weights)
