@@ -2,7 +2,7 @@
 
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -56,12 +56,18 @@ def test_a_batch_is_a_function_of_seed_and_step(data):
     assert not torch.equal(first.noise, other.noise)
 
 
-def test_an_epoch_shows_every_picture_once(data):
-    for epoch in range(3):
-        seen = [batch(data, step, 2, 0, SCHEDULE).latents for step in range(5 * epoch, 5 * (epoch + 1))]
-        shown = {tuple(latent.flatten()[:3].tolist()) for part in seen for latent in part}
-        first_numbers = [{tuple(view.flatten()[:3].tolist()) for view in views} for views in data.values.float()]
-        assert all(len(shown & views) == 1 for views in first_numbers)
+@pytest.mark.parametrize(("last", "times"), [("noto", 1), ("twemoji", 2), ("fluent-flat", 2)])
+def test_a_round_shows_every_picture_once_and_of_the_hardest_styles_twice(data, last, times):
+    data = replace(data, styles=["noto"] * 5 + [last] * 5)
+    views = {view[0, 0, 0].item(): row for row, views in enumerate(data.values.float()) for view in views}
+    size = 5 + 5 * times
+    orders = []
+    for turn in range(3):
+        shown = batch(data, turn, size, 0, SCHEDULE)
+        rows = [views[latent[0, 0, 0].item()] for latent in shown.latents]
+        assert sorted(rows) == sorted([*range(5), *[*range(5, 10)] * times])
+        orders.append(tuple(rows))
+    assert len(set(orders)) == 3
 
 
 def test_timesteps_are_spread_over_the_whole_schedule(data):
