@@ -265,7 +265,9 @@ class SamplesSection(Section):
         None, "epochs between samples, 0 for none; default: every epoch, but at most ten times a run", ge=0
     )
     sample_steps: int = setting(20, "denoising steps of a sample", ge=1, le=1000)
-    sample_cfg: float = setting(5.0, "how strictly a sample follows its prompt (CFG scale)", ge=1, le=50)
+    sample_cfg: float | None = setting(
+        None, "how strictly a sample follows its prompt (CFG scale); default: 5, with nano 1.5", ge=1, le=50
+    )
     sampler: str = setting("DPM++ 2M", "sampler, named as in the WebUI")
     sample_seed: int = setting(1, "seed of the first sample; the next one takes the next number", ge=0, lt=2**32)
     negative_prompt: str = setting("", "what samples should not show")

@@ -86,7 +86,6 @@ def demo_config(output: Path | None, steps: int) -> Config:
         "output.name": "demo",
         "train.steps": steps,
         "samples.sample_prompts": [f"{subject} --d 5" for subject in HELD_OUT],
-        "samples.sample_cfg": 4.0,
         "samples.sample_every": 10**6,  # at the end only
     }
     return load_config(None, flags)

@@ -54,9 +54,7 @@ _SEEDS = 2**32
 @click.option(
     "--cfg",
     type=click.FloatRange(1, 50),
-    default=_DEFAULTS.sample_cfg,
-    show_default=True,
-    help="CFG scale: how strictly the prompt is followed.",
+    help="CFG scale: how strictly the prompt is followed. Default: 5, with nano 1.5.",
 )
 @click.option("--sampler", default=_DEFAULTS.sampler, show_default=True, help="Sampler, named as in the WebUI.")
 @click.option(
@@ -108,7 +106,7 @@ def command(
     width: int | None,
     height: int | None,
     steps: int,
-    cfg: float,
+    cfg: float | None,
     sampler: str,
     seed: int,
     count: int,
@@ -127,6 +125,7 @@ def command(
     (sampler).
     """  # noqa: D301 - click needs the real \b
     import_models()
+    from sdlora.families import native_cfg
     from sdlora.families.text import clip_skip_notes
     from sdlora.sampling.prompts import Prompt, parse_prompt, read_prompts, resolve
     from sdlora.sampling.samplers import sampler_name
@@ -140,6 +139,7 @@ def command(
     defaults = Prompt("", negative, width, height, _first_seed(seed), cfg, steps, sampler_name(sampler))
     used = read_weighed(loras)
     chosen = _choose_base(base, [u.lora for u in used], revision, allow_pickle)
+    defaults = replace(defaults, cfg=cfg or native_cfg(chosen.path))
     parts = _load(chosen, used, precision, {"vae": vae, "text_encoders": text_encoders})
     width, height = _size(parts, width, height)
     wanted = [resolve(p, replace(defaults, width=width, height=height)) for p in asked]

@@ -21,6 +21,7 @@ from torch import Tensor
 from sdlora.diffusion.noise import generator
 from sdlora.errors import ConfigError
 from sdlora.families import Parts
+from sdlora.families.loading import FULL_WIDTH
 
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -32,7 +33,6 @@ _AVAILABLE: dict[str, Callable[[], bool]] = {  # in the order of preference
 }
 
 _TOLERANCE = 0.05  # bf16 keeps 8 bits, 0.4 % a rounding, and a trial chains about five roundings each way
-NARROW = 320  # channels; the narrowest block of SD 1.5
 HEAD_WIDTH = 40  # of SD 1.5's first blocks, and no power of two: where attention kernels are pickiest
 
 
@@ -63,7 +63,7 @@ def choose_threads(parts: Parts, wanted: int | None = None) -> int:
         wanted: the user's number; `None` decides by the base. `OMP_NUM_THREADS` in the environment also counts as one.
     """
     denoiser: Any = parts.denoiser
-    narrow = max(denoiser.config["block_out_channels"]) < NARROW
+    narrow = max(denoiser.config["block_out_channels"]) < FULL_WIDTH
     if wanted is not None:
         torch.set_num_threads(wanted)
     elif narrow and parts.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:

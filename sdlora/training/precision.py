@@ -21,10 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdlora.diffusion.noise import generator
 from sdlora.errors import ConfigError
+from sdlora.families.loading import FULL_WIDTH
 from sdlora.training.device import (
     DTYPES,
     HEAD_WIDTH,
-    NARROW,
     Probe,
     architecture_problem,
     choose_device,
@@ -115,7 +115,7 @@ def choose_precision(wanted: str, device: torch.device, width: int = 0) -> Preci
 def _automatic(device: torch.device, width: int) -> Precision:
     refusals = []
     choices = _AUTOMATIC.get(device.type, _AUTOMATIC["cpu"])
-    if device.type == "cpu" and width >= NARROW and _multiplies_bf16():
+    if device.type == "cpu" and width >= FULL_WIDTH and _multiplies_bf16():
         choices = (_WIDE_ON_CPU, *choices)
     for word, reason in choices:
         refusal = _refusal(word, device)

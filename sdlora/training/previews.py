@@ -259,8 +259,14 @@ def _open(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def sample_prompts(config: Config, examples: Sequence[Example], resolution: int) -> list[Prompt]:
+def sample_prompts(config: Config, examples: Sequence[Example], resolution: int, cfg: float) -> list[Prompt]:
     """Returns the prompts of a run: those given, else two captions and two general subjects with the trigger word.
+
+    Args:
+        config: the settings.
+        examples: the pictures that are learned from.
+        resolution: side of a sample in pixels, unless a prompt says another.
+        cfg: the base's own CFG scale, for want of a setting.
 
     Raises:
         ConfigError: for an option in a prompt that does not exist.
@@ -283,7 +289,7 @@ def sample_prompts(config: Config, examples: Sequence[Example], resolution: int)
         negative=settings.negative_prompt,
         width=resolution,
         height=resolution,
-        cfg=settings.sample_cfg,
+        cfg=settings.sample_cfg or cfg,
         steps=settings.sample_steps,
         sampler=settings.sampler,
     )

@@ -18,7 +18,16 @@ from sdlora.data.dataset import Dataset, bucket_counts, prepare
 from sdlora.data.folder import MAX_REASONS, Scan, scan
 from sdlora.diffusion.noise import generator
 from sdlora.errors import ConfigError
-from sdlora.families import Base, Parts, identify, load_parts, native_resolution, native_width, resolve_base
+from sdlora.families import (
+    Base,
+    Parts,
+    identify,
+    load_parts,
+    native_cfg,
+    native_resolution,
+    native_width,
+    resolve_base,
+)
 from sdlora.families.chunks import CHUNK
 from sdlora.sampling.prompts import Prompt
 from sdlora.training.accumulate import cut
@@ -102,7 +111,9 @@ def _lay_groundwork(config: Config, resume: RunFolder | None, reporter: Reporter
     num_pictures, counts = bucket_counts(pictures.examples, config.data, resolution)
     plan = make_plan(config, num_pictures, counts.values(), world.size)
     reporter.say(plan.sentence())
-    prompts = sample_prompts(config, pictures.examples, resolution) if plan.sample_every else []
+    prompts = []
+    if plan.sample_every:
+        prompts = sample_prompts(config, pictures.examples, resolution, native_cfg(base.path))
     checkpoint = _newest(resume, plan, reporter, world) if resume else None
     return Groundwork(cache, pictures, run, device, base, precision, attention, counts, plan, prompts, checkpoint)
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdlora.errors import ModelError
-from sdlora.families import Base, identify, load_parts, native_resolution, native_width, resolve_base
+from sdlora.families import Base, identify, load_parts, native_cfg, native_resolution, native_width, resolve_base
 from sdlora.families.loading import NANO
 
 
@@ -156,3 +156,7 @@ def test_what_is_embedded_is_as_small_as_it_is_said_to_be():
 
 def test_the_width_is_read_without_weights(tiny_base, tmp_path):
     assert native_width(tiny_base) == load_parts(Base("tiny", tiny_base, "test")).denoiser.config.block_out_channels[0]
+
+
+def test_a_miniature_is_guided_less(tiny_base):
+    assert native_cfg(NANO) == native_cfg(tiny_base) == 1.5

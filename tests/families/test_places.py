@@ -12,7 +12,7 @@ from torch import nn
 
 from sdlora.container import open_container
 from sdlora.errors import ModelError
-from sdlora.families import FAMILIES, identify, native_resolution, native_width
+from sdlora.families import FAMILIES, identify, native_cfg, native_resolution, native_width
 from sdlora.families.layout import components
 from sdlora.families.places import component_weights, places
 from sdlora.families.save_single import save_single
@@ -76,6 +76,7 @@ def test_at_full_size_the_configurations_are_the_familys(full_size):
     found = components(open_container(file), family)
     config = denoiser_config(found, family, native_resolution(file))
     assert native_width(file) == 320
+    assert native_cfg(folder) == native_cfg(file) == 5
     layers = {"transformer_layers_per_block": (1, 1, 1, 1)}
     assert config == {**layers, **family.denoiser_config, "norm_num_groups": 32}
     assert vae_config(found["vae"], family) == {**family.vae_config, "norm_num_groups": 32}

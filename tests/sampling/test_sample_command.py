@@ -60,7 +60,15 @@ def test_the_base_alone_is_drawn_and_said(tmp_path, tiny_base, capsys):
         prompt, negative, fields = parse_parameters(image.info["parameters"])
     assert (prompt, negative) == ("a castle", "dark")
     assert (fields["Seed"], fields["Steps"], fields["Sampler"]) == ("5", "1", "DPM++ 2M")
+    assert fields["CFG scale"] == "1.5"  # the base's own
     assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+@pytest.mark.parametrize(("options", "prompt", "used"), [(["--cfg", "3"], "a cat", "3"), ([], "a cat --l 7", "7")])
+def test_the_guidance_asked_for_counts(tmp_path, tiny_base, options, prompt, used):
+    sample("--base", tiny_base, "--output", tmp_path / "out", *options, prompt)
+    with Image.open(tmp_path / "out" / "00001-1.png") as image:
+        assert parse_parameters(image.info["parameters"])[2]["CFG scale"] == used
 
 
 def test_numbers_go_on_and_nothing_is_overwritten(tmp_path, tiny_base, capsys):

@@ -202,17 +202,25 @@ def test_a_sweep_changes_one_setting_at_a_time(run, capsys):
     assert "not drawn yet: lora.rank=4, lora.dropout=0.5" in capsys.readouterr().err
 
 
-def test_strengths_share_what_was_learned(run, capsys):
-    assert run.go("--strengths", "0.5,2") == 0
+@pytest.mark.parametrize(
+    ("option", "values", "rows", "wrong", "message"),
+    [
+        ("--strengths", "0.5,2", ["strength 0.5", "strength 2"], "0.5,1", "1 is always there"),
+        ("--cfg", "1,4", ["CFG 1", "CFG 4"], "4,1.5", "1.5 is always there"),
+        ("--cfg", "7", ["CFG 7"], "0.5", "from 1 to 50"),
+    ],
+)
+def test_uses_share_what_was_learned(run, capsys, option, values, rows, wrong, message):
+    assert run.go(option, values) == 0
     report = json.loads((run.out / "sweep.json").read_text())["variants"]
-    assert list(report) == ["unchanged", "unchanged, strength 0.5", "unchanged, strength 2", "base", "own"]
+    assert list(report) == ["unchanged", *(f"unchanged, {row}" for row in rows), "base", "own"]
     drawn = {name: row["kernel"]["value"] for name, row in report.items() if name != "own"}
-    assert len(set(drawn.values())) == 4, "each strength draws other pictures"
+    assert len(set(drawn.values())) == len(rows) + 2, "each use draws other pictures"
     assert len(list(run.work.glob("*-lora-*/learned.json"))) == 1
-    assert len(list(run.work.glob("*-lora-*/pictures.safetensors"))) == 3
+    assert len(list(run.work.glob("*-lora-*/pictures.safetensors"))) == len(rows) + 1
     with pytest.raises(SystemExit):
-        options.parse(["--data", ".", "--strengths", "0.5,1"])
-    assert "1 is always there" in capsys.readouterr().err
+        options.parse(["--data", ".", option, wrong])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

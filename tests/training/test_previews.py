@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from sdlora.adapters import adapters_in
-from sdlora.config import Config, LoraSection
+from sdlora.config import Config, LoraSection, SamplesSection
 from sdlora.errors import ModelError
 from sdlora.files.kohya import write_lora
 from sdlora.sampling import pipeline
@@ -16,7 +16,7 @@ from sdlora.sampling.infotext import decoder_of, stored_text
 from sdlora.sampling.pipeline import draw
 from sdlora.sampling.prompts import Prompt
 from sdlora.training import previews as module
-from sdlora.training.previews import Previews
+from sdlora.training.previews import Previews, sample_prompts
 from sdlora.training.progress import Reporter
 from sdlora.training.setup import attach_adapters
 
@@ -216,3 +216,9 @@ def test_samples_that_do_not_fit_into_the_memory_do_not_end_the_run(make, monkey
     assert "no samples after epoch 1: out of memory" in notes.warnings[0]
     assert same(before, state(previews))
     assert previews.with_lora(file, 2, notes)
+
+
+@pytest.mark.parametrize(("wanted", "used"), [(None, 1.5), (5.0, 5.0)])
+def test_samples_are_guided_as_the_base_wants_unless_it_is_set(wanted, used):
+    config = Config(samples=SamplesSection(sample_prompts=["a cat", "a cat --l 3"], sample_cfg=wanted))
+    assert [prompt.cfg for prompt in sample_prompts(config, [], 64, 1.5)] == [used, 3]

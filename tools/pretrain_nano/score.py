@@ -3,7 +3,7 @@
     python -m tools.pretrain_nano.score --data build/emoji --base build/nano/base --sheet sheet.png
 
 Concepts are those of the split `prompts`, which the base was trained on and the judges were not, in the base's own
-styles: one picture each, one seed, DPM++ 2M, 20 steps, CFG 4.
+styles: one picture each, one seed, DPM++ 2M, 20 steps, CFG 1.5.
 """
 
 from __future__ import annotations

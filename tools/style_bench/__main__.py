@@ -22,7 +22,7 @@ from tools.style_bench.experiment import Experiment, code_digest, write_json
 from tools.style_bench.judges import Judges
 from tools.style_bench.measure import Scores, score_cell, score_real
 from tools.style_bench.methods import METHODS
-from tools.style_bench.options import parse
+from tools.style_bench.options import compares, parse
 from tools.style_bench.panel import Panel
 from tools.style_bench.pictures import EmojiPictures
 from tools.style_bench.references import FULL, ORACLE, Tuning
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the bench; returns the exit code: 0, 2 for what the person can fix, 130 if stopped."""
     options = parse(arguments)
     try:
-        return _sweep(options) if options.vary or options.strengths else _run(options)
+        return _sweep(options) if compares(options) else _run(options)
     except (SdloraError, ValueError, FileNotFoundError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
@@ -82,11 +82,9 @@ def _sweep(options: argparse.Namespace) -> int:
     for style in options.style:
         tasks = [unchanged.task(style, subset) for subset in range(options.subsets)]
         cells = {
-            name if strength == 1 else f"{name}, strength {strength:g}": [
-                Cell(one, task, METHODS["lora"], strength) for task in tasks
-            ]
+            name + how: [Cell(one, task, METHODS["lora"], **use) for task in tasks]
             for name, one in given.items()
-            for strength in (1.0, *options.strengths)
+            for how, use in _uses(options).items()
         }
         cells |= {id: [Cell(unchanged, tasks[0], METHODS[id])] for id in NEEDED}
         found = {n: [_finished(cell, panel, n, options.report) for cell in several] for n, several in cells.items()}
@@ -98,6 +96,12 @@ def _sweep(options: argparse.Namespace) -> int:
     target = write_sweep(options.out, options.name, unchanged, scores, panel.digest, failure)
     print(f"\n{target.read_text(encoding='utf-8')}\n{target}")
     return 0
+
+
+def _uses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Lists how each LoRA is used, what is said of it after its name, and what its cell is told."""
+    strengths = {f", strength {strength:g}": {"strength": strength} for strength in options.strengths}
+    return {"": {}, **strengths, **{f", CFG {cfg:g}": {"cfg": cfg} for cfg in options.cfg}}
 
 
 def _finished(cell: Cell, panel: Panel, title: str, as_it_is: bool) -> Scores | None:

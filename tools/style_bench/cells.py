@@ -32,13 +32,15 @@ class Cell:
         experiment: the settings.
         task: style, subset, prompts.
         method: what is done.
-        strength: at which a LoRA is used; all cells that differ in nothing else share one LoRA.
+        strength: at which a LoRA is used; all cells that differ in nothing else than how it is used share one LoRA.
+        cfg: CFG scale with which is drawn.
     """
 
     experiment: Experiment
     task: Task
     method: Method
     strength: float = 1.0
+    cfg: float = drawing.CFG
 
     @cached_property
     def texts(self) -> list[str]:
@@ -65,7 +67,7 @@ class Cell:
             self.texts,
             [concept.base for concept in task.prompts],
             task.num_seeds,
-            drawing.settings(),
+            drawing.settings(self.cfg),
             _names(learns(task)) if learns else [],
             _names(task.validation) if self.measures_loss else [],
             task.style.id if self.measures_loss else "",
@@ -83,7 +85,7 @@ class Cell:
     @property
     def _school(self) -> Path:
         """Where what was learned lies."""
-        return replace(self, strength=1.0).folder
+        return replace(self, strength=1.0, cfg=drawing.CFG).folder
 
     @property
     def is_drawn(self) -> bool:
@@ -130,10 +132,10 @@ class Cell:
     def _draw(self, parts: Parts, reporter: Reporter) -> dict[str, Tensor]:
         task, skip = self.task, self.experiment.config.base.clip_skip
         seeds = [[seed_of(concept.base, k) for k in range(task.num_seeds)] for concept in task.prompts]
-        tensors = {"pictures": drawing.draw(parts, self.texts, seeds, skip, reporter)}
+        tensors = {"pictures": drawing.draw(parts, self.texts, seeds, skip, reporter, self.cfg)}
         if self.trigger_matters:
             labels = [concept.label for concept in task.prompts]
-            tensors["leak"] = drawing.draw(parts, labels, [some[:1] for some in seeds], skip, reporter)
+            tensors["leak"] = drawing.draw(parts, labels, [some[:1] for some in seeds], skip, reporter, self.cfg)
         return tensors
 
 

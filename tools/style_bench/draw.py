@@ -17,17 +17,23 @@ from tools.pretrain_nano.drawings import SIDE
 
 SAMPLER = "DPM++ 2M"
 STEPS = 20
-CFG = 4.0
+CFG = 1.5
+"""What nano's LoRAs are best at; settled on the half "tune", see docs/defaults.md."""
 BATCH = 16
 
 
-def settings() -> list[object]:
+def settings(cfg: float = CFG) -> list[object]:
     """Returns what decides a picture besides its prompt, seed and model."""
-    return [SAMPLER, STEPS, CFG, SIDE]
+    return [SAMPLER, STEPS, cfg, SIDE]
 
 
 def draw(
-    parts: Parts, texts: Sequence[str], seeds: Sequence[Sequence[int]], clip_skip: int, reporter: Reporter
+    parts: Parts,
+    texts: Sequence[str],
+    seeds: Sequence[Sequence[int]],
+    clip_skip: int,
+    reporter: Reporter,
+    cfg: float = CFG,
 ) -> Tensor:
     """Draws pictures.
 
@@ -37,13 +43,14 @@ def draw(
         seeds: S seeds for each prompt.
         clip_skip: as in training.
         reporter: told about the progress.
+        cfg: how strictly a text is followed.
 
     Returns:
         uint8, (P, S, 128, 128, 3).
     """
     side = parts.resolution
     wanted = [
-        Prompt(text, "", side, side, seed, CFG, STEPS, SAMPLER)
+        Prompt(text, "", side, side, seed, cfg, STEPS, SAMPLER)
         for text, several in zip(texts, seeds, strict=True)
         for seed in several
     ]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tools.pretrain_nano.sources import HELD_OUT_STYLES
+from tools.style_bench.draw import CFG
 from tools.style_bench.methods import METHODS
 from tools.style_bench.protocol import HALVES
 from tools.style_bench.references import FULL, ORACLE
@@ -26,7 +27,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.style = list(HELD_OUT_STYLES if "all" in styles else dict.fromkeys(styles))
     options.subsets = options.subsets or (1 if quick else 3)
     options.prompts = options.prompts or ("tune" if quick else "final")
-    options.name = options.name or ("sweep" if options.vary or options.strengths else "quick" if quick else "report")
+    options.name = options.name or ("sweep" if compares(options) else "quick" if quick else "report")
     prompts, seeds = QUICK_SIZE if quick else FULL_SIZE
     options.num_prompts = options.num_prompts or prompts
     options.num_seeds = options.num_seeds or seeds
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     vary = "compare LoRAs, each with one of these values and the rest unchanged; repeatable"
     add("--vary", action="append", default=[], metavar="SECTION.KEY=VALUE,VALUE", help=vary)
     add("--strengths", type=_strengths, default=(), help="compare the LoRAs at these strengths too, e.g. 0.6,0.8,1.2")
+    add("--cfg", type=_scales, default=(), help=f"compare the LoRAs at these CFG scales too, e.g. 2,4; usual: {CFG:g}")
     add("--report", action="store_true", help="learn and draw nothing: report what is finished with these settings")
     add("--despite-gates", action="store_true", help="report although the judges fail; the report then says so first")
     add("--work", type=Path, default=Path("runs/style-bench"), help="finished cells; default runs/style-bench")
@@ -95,6 +97,18 @@ def _strengths(text: str) -> tuple[float, ...]:
     if not all(0 < strength <= 4 and strength != 1 for strength in strengths):
         raise argparse.ArgumentTypeError(f"strengths lie above 0, at most 4, and 1 is always there; got {text}")
     return strengths
+
+
+def _scales(text: str) -> tuple[float, ...]:
+    scales = tuple(float(part) for part in text.split(","))
+    if not all(1 <= scale <= 50 and scale != CFG for scale in scales):
+        raise argparse.ArgumentTypeError(f"CFG scales lie from 1 to 50, and {CFG:g} is always there; got {text}")
+    return scales
+
+
+def compares(options: argparse.Namespace) -> bool:
+    """Whether settings or uses of a LoRA are compared, rather than methods."""
+    return bool(options.vary or options.strengths or options.cfg)
 
 
 def _text(rates: Sequence[float]) -> str:
