@@ -37,7 +37,7 @@ from tools.style_bench.draw import CFG, SAMPLER, STEPS
 BATCH = 8
 STRANGE = 0.5
 """Share of the batches whose pictures change their colours, so that styles of other colours are not drawn in these."""
-REDRAWN = 8
+REDRAWN = 5
 """Other batches are drawn back through 1 to so many of the base's last steps."""
 RATE = 3e-4
 WARM_UP = 0.05
@@ -164,10 +164,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="data set, made by tools.pretrain_nano.build")
     parser.add_argument("--base", type=Path, default=NANO, help="diffusers folder; default: the embedded base")
     parser.add_argument("--pictures", type=float, default=14_400, help="how many are learned from")
-    parser.add_argument("--go-on", action="store_true", help="begin with the base's own decoder, not with TAESD's")
     parser.add_argument("--out", type=Path, help="folder of the autoencoder; default: BASE/vae")
     arguments = parser.parse_args()
-    vae = AutoencoderTiny.from_pretrained(arguments.base / "vae") if arguments.go_on else model.load_taesd()
+    vae = model.load_taesd()
     parts = load_parts(Base(str(arguments.base), arguments.base, "given"))
     teach(vae, School(arguments.data, parts), int(arguments.pictures) // BATCH)
     save(vae, arguments.out or arguments.base / "vae")
