@@ -3,7 +3,7 @@
     python -m tools.pretrain_nano.score --data build/emoji --base build/nano/base --sheet sheet.png
 
 Concepts are those of the split `prompts`, which the base was trained on and the judges were not, in the base's own
-styles: one picture each, one seed, DPM++ 2M, 20 steps, CFG 1.5.
+styles: one picture each, one seed, DPM++ 2M, 20 steps, CFG 1.5 unless `--cfg` says otherwise.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tools.pretrain_nano.captions import prompt
 from tools.pretrain_nano.concepts import Concept
 from tools.pretrain_nano.drawings import SIDE
 from tools.pretrain_nano.sources import BASE_STYLES, STYLE_OF
-from tools.style_bench.draw import draw, to_floats, to_image
+from tools.style_bench.draw import CFG, draw, to_floats, to_image
 from tools.style_bench.panel import Panel
 from tools.style_bench.pictures import EmojiPictures
 from tools.style_bench.verdict import style_hits
@@ -49,7 +49,9 @@ def choose(pictures: EmojiPictures, count: int) -> list[tuple[str, Concept]]:
     return order[:count]
 
 
-def score(parts: Parts, panel: Panel, pairs: Sequence[tuple[str, Concept]]) -> tuple[dict, torch.Tensor]:
+def score(
+    parts: Parts, panel: Panel, pairs: Sequence[tuple[str, Concept]], cfg: float = CFG
+) -> tuple[dict, torch.Tensor]:
     """Draws the pairs and has them judged.
 
     Returns:
@@ -59,7 +61,7 @@ def score(parts: Parts, panel: Panel, pairs: Sequence[tuple[str, Concept]]) -> t
     """
     styles = [style for style, _ in pairs]
     texts = [prompt(concept, STYLE_OF[style]) for style, concept in pairs]
-    drawn = draw(parts, texts, [[1]] * len(texts), 1, Reporter())[:, 0]
+    drawn = draw(parts, texts, [[1]] * len(texts), 1, Reporter(), cfg)[:, 0]
     values = to_floats(drawn)
     ranks = panel.ranks(values, styles, [concept.base for _, concept in pairs])
     right, _ = style_hits(panel.judges.style_logits(values), panel.judges.styles, styles)
@@ -103,13 +105,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="data set, made by tools.pretrain_nano.build")
     parser.add_argument("--base", type=Path, default=NANO, help="diffusers folder; default: the embedded base")
     parser.add_argument("--pictures", type=int, default=256, help="how many are drawn")
+    parser.add_argument("--cfg", type=float, default=CFG, help="CFG scale, at least 1")
     parser.add_argument("--sheet", type=Path, help="PNG for a contact sheet of the first 64")
     arguments = parser.parse_args()
     parts = load_parts(Base(str(arguments.base), arguments.base, "given"))
     choose_threads(parts, None)
     pictures = EmojiPictures(arguments.data)
     pairs = choose(pictures, arguments.pictures)
-    shares, drawn = score(parts, Panel.open(pictures, pictures.folder / "judges" / "real"), pairs)
+    shares, drawn = score(parts, Panel.open(pictures, pictures.folder / "judges" / "real"), pairs, arguments.cfg)
     print(json.dumps(shares, indent=1))
     if arguments.sheet:
         sheet(drawn[:SHEET], pairs[:SHEET]).save(arguments.sheet)
