@@ -139,10 +139,10 @@ def command(
     defaults = Prompt("", negative, width, height, _first_seed(seed), cfg, steps, sampler_name(sampler))
     used = read_weighed(loras)
     chosen = _choose_base(base, [u.lora for u in used], revision, allow_pickle)
-    defaults = replace(defaults, cfg=cfg or native_cfg(chosen.path))
     parts = _load(chosen, used, precision, {"vae": vae, "text_encoders": text_encoders})
     width, height = _size(parts, width, height)
-    wanted = [resolve(p, replace(defaults, width=width, height=height)) for p in asked]
+    defaults = replace(defaults, width=width, height=height, cfg=cfg or native_cfg(chosen.path))
+    wanted = [resolve(p, defaults) for p in asked]
     wanted = [replace(p, seed=((p.seed or 0) + i) % _SEEDS) for p in wanted for i in range(count)]
     skip = _clip_skip(clip_skip, used)
     for note in clip_skip_notes(parts, clip_skip or 1):  # a LoRA that was trained with it asks for nothing odd

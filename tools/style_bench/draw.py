@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from sdlora.families import Parts
+from sdlora.families.loading import MINIATURE_CFG
 from sdlora.sampling import pipeline
 from sdlora.sampling.prompts import Prompt
 from sdlora.training.progress import Reporter
@@ -17,8 +18,8 @@ from tools.pretrain_nano.drawings import SIDE
 
 SAMPLER = "DPM++ 2M"
 STEPS = 20
-CFG = 1.5
-"""What nano's LoRAs are best at; settled on the half "tune", see docs/defaults.md."""
+CFG = MINIATURE_CFG
+"""Settled on the half "tune", see docs/defaults.md."""
 BATCH = 16
 
 
