@@ -68,11 +68,12 @@ def test_a_lesson_is_a_function_of_the_step_and_fits_its_pictures(school, nano_p
     one, again, other = school.lesson(3, 4), school.lesson(3, 4), school.lesson(4, 4)
     assert torch.equal(one.latents, again.latents) and torch.equal(one.pictures, again.pictures)
     assert not torch.equal(one.latents, other.latents)
-    for lesson in (one, school.lesson(7, 4)):
+    for step in range(8):  # some of them in strange colours
+        lesson = school.lesson(step, 4)
         with torch.no_grad():
             theirs = nano_parts.vae.encode(lesson.pictures).latents
-        nearest = torch.cdist(lesson.latents.flatten(1), theirs.flatten(1)).argmin(1)
-        assert torch.equal(nearest, torch.arange(4))
+        distances = torch.cdist(lesson.latents.flatten(1), theirs.flatten(1))  # shuffled, two of them may be alike
+        assert torch.equal(distances.diagonal(), distances.amin(1))
 
 
 def test_only_the_decoder_learns_and_the_folder_is_an_autoencoder(school, tmp_path):
