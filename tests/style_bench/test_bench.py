@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 import sys
 from collections import Counter
@@ -18,7 +19,7 @@ from sdlora.errors import ConfigError
 from sdlora.families import Base
 from tools.pretrain_nano.sources import BASE_STYLES, STYLES
 from tools.style_bench import __main__ as bench
-from tools.style_bench import draw, experiment, heldout, options, protocol
+from tools.style_bench import draw, experiment, heldout, options, protocol, references
 from tools.style_bench.gates import Gates
 from tools.style_bench.panel import Panel
 from tools.style_bench.report import warning
@@ -44,7 +45,7 @@ def emoji(tmp_path):
     return folder
 
 
-REFERENCES = ("--full-steps", "2", "--oracle-steps", "2", "--full-rates", "1e-3,1e-4", "--oracle-rates", "1e-3")
+REFERENCES = ("--full-steps", "2", "--oracle-steps", "2", "--full-rate", "1e-3", "--oracle-rate", "1e-3")
 METHOD_CHOICE = {"methods": ("lora",), "references": ("words", "full", "oracle"), "subsets": 1}
 
 
@@ -142,8 +143,19 @@ def test_names_on_the_command_line_are_checked(capsys):
     with pytest.raises(SystemExit):
         options.parse(["--data", ".", "--references", "bse"])
     assert "bse is none of lora, base" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        options.parse(["--data", ".", "--full-rate", "3"])
+    assert "a learning rate lies between 0 and 1, got 3" in capsys.readouterr().err
     assert options.parse(["--data", ".", "--quick"]).prompts == "tune"
     assert options.parse(["--data", "."]).prompts == "final"
+
+
+def test_full_fine_tuning_that_breaks_down_is_no_reference(run, capsys, monkeypatch):
+    loss = references._loss
+    monkeypatch.setattr(references, "_loss", lambda *given: loss(*given) * (math.nan if given[-1] else 1.0))
+    assert run.go("--references", "full") == 2
+    assert "full fine-tuning at 0.001 broke down at step 2; give a lower rate" in capsys.readouterr().err
+    assert not list(run.work.glob("*-full-*/learned.json"))
 
 
 def test_the_key_knows_code_and_not_its_words():

@@ -178,8 +178,8 @@ def _experiment(options: argparse.Namespace, more: Sequence[str] = ()) -> Experi
         half=options.prompts,
         num_prompts=options.num_prompts,
         num_seeds=options.num_seeds,
-        full=Tuning(options.full_steps, options.full_rates, FULL.batch_size),
-        oracle=Tuning(options.oracle_steps, options.oracle_rates, ORACLE.batch_size),
+        full=Tuning(options.full_steps, options.full_rate, FULL.batch_size),
+        oracle=Tuning(options.oracle_steps, options.oracle_rate, ORACLE.batch_size),
         work=options.work,
     )
 

@@ -124,19 +124,12 @@ def _learn_lora(experiment: Experiment, task: Task, folder: Path, reporter: Repo
 def _tuned(learns: Callable[[Task], Sequence[Concept]], tuning: Callable[[Experiment], Tuning]) -> Learn:
     def learn(experiment: Experiment, task: Task, folder: Path, reporter: Reporter) -> dict[str, Any]:
         parts = load(experiment)
-        validation = open_validation(experiment, task, parts)
-
-        def judge() -> float:
-            losses = measure_heldout(experiment, parts, validation)
-            return sum(losses) / len(losses)
-
         with TemporaryDirectory(dir=folder) as scratch:
             style, concepts = task.style.id, learns(task)
             images = write_folder(Path(scratch) / "images", experiment.pictures, style, concepts)
             dataset = open_pictures(parts, images, experiment.plain_config)
-        return tune(
-            parts, dataset, experiment.plain_config, tuning(experiment), judge, folder / DENOISER_FILE, reporter
-        )
+        target = folder / DENOISER_FILE
+        return tune(parts, dataset, experiment.plain_config, tuning(experiment), target, reporter)
 
     return learn
 

@@ -53,9 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--methods", type=_names, default=LEARNED, help="what besides the references is drawn; default lora")
     add("--references", type=_names, help="of base,words,full,oracle; default all, with --quick base,words")
     add("--full-steps", type=_positive, default=FULL.steps, help=f"steps of full fine-tuning; default {FULL.steps}")
-    add("--full-rates", type=_rates, default=FULL.rates, help=f"its learning rates to try; default {_text(FULL.rates)}")
+    add("--full-rate", type=_rate, default=FULL.rate, help=f"its learning rate; default {FULL.rate:g}")
     add("--oracle-steps", type=_positive, default=ORACLE.steps, help=f"steps of the oracle; default {ORACLE.steps}")
-    add("--oracle-rates", type=_rates, default=ORACLE.rates, help=f"its rates to try; default {_text(ORACLE.rates)}")
+    add("--oracle-rate", type=_rate, default=ORACLE.rate, help=f"its learning rate; default {ORACLE.rate:g}")
     add("--num-prompts", type=_positive, metavar="P", help="prompts that are drawn; default 100, with --quick 24")
     add("--num-seeds", type=_positive, metavar="S", help="pictures of each; default 4, with --quick 2")
     vary = "compare LoRAs, each with one of these values and the rest unchanged; repeatable"
@@ -85,11 +85,11 @@ def _names(text: str) -> tuple[str, ...]:
     return names
 
 
-def _rates(text: str) -> tuple[float, ...]:
-    rates = tuple(float(part) for part in text.split(","))
-    if not all(0 < rate < 1 for rate in rates):
-        raise argparse.ArgumentTypeError(f"learning rates lie between 0 and 1, got {text}")
-    return rates
+def _rate(text: str) -> float:
+    rate = float(text)
+    if not 0 < rate < 1:
+        raise argparse.ArgumentTypeError(f"a learning rate lies between 0 and 1, got {text}")
+    return rate
 
 
 def _strengths(text: str) -> tuple[float, ...]:
@@ -109,7 +109,3 @@ def _scales(text: str) -> tuple[float, ...]:
 def compares(options: argparse.Namespace) -> bool:
     """Whether settings or uses of a LoRA are compared, rather than methods."""
     return bool(options.vary or options.strengths or options.cfg)
-
-
-def _text(rates: Sequence[float]) -> str:
-    return ",".join(f"{rate:g}" for rate in rates)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,23 +40,22 @@ class Tuning:
 
     Attributes:
         steps: optimizer steps.
-        rates: learning rates to try; the one with the lowest held-out loss is kept.
+        rate: the highest learning rate.
         batch_size: pictures per step.
     """
 
     steps: int
-    rates: tuple[float, ...]
+    rate: float
     batch_size: int
 
 
-FULL = Tuning(steps=400, rates=(3e-5, 1e-4, 3e-4), batch_size=4)
+FULL = Tuning(steps=400, rate=3e-4, batch_size=4)
 """On the LoRA's own pictures: each is seen about 50 times.
 
-Source: with an earlier nano, fluent-3d and 60 steps, the held-out loss relative to the base was 0.951, 0.967 and 1.045
-at 1e-4, 3e-4 and 1e-3.
+Source: joint success on the half "tune", see BENCH.md, "What full fine-tuning learns".
 """
-ORACLE = Tuning(steps=3000, rates=(1e-4, 3e-4), batch_size=8)
-"""On all of the style, 600 to 1000 pictures: each is seen about 25 to 40 times."""
+ORACLE = Tuning(steps=1000, rate=3e-4, batch_size=8)
+"""On all of the style, 600 to 1000 pictures: each is seen about 8 to 13 times."""
 
 
 def open_pictures(parts: Parts, folder: Path, config: Config) -> Dataset:
@@ -68,54 +66,37 @@ def open_pictures(parts: Parts, folder: Path, config: Config) -> Dataset:
 
 
 def tune(
-    parts: Parts,
-    dataset: Dataset,
-    config: Config,
-    tuning: Tuning,
-    judge: Callable[[], float],
-    target: Path,
-    reporter: Reporter,
+    parts: Parts, dataset: Dataset, config: Config, tuning: Tuning, target: Path, reporter: Reporter
 ) -> dict[str, Any]:
-    """Trains all weights of the denoiser with each learning rate, and writes the best denoiser.
+    """Trains all weights of the denoiser, and writes it.
 
     Args:
-        parts: the base; its denoiser is left with the values of the last trial.
+        parts: the base; its denoiser is trained in place.
         dataset: the pictures to learn from.
         config: how captions are composed; nothing else of it counts.
-        tuning: steps, learning rates, batch size.
-        judge: measures the present denoiser; lower is better.
+        tuning: steps, learning rate, batch size.
         target: safetensors file of the denoiser's state dict, fp32.
         reporter: told about the progress.
 
     Returns:
-        Facts for the report: seconds of the best trial alone, its rate, and the held-out loss of every rate.
+        Facts for the report: seconds of training, and `tuning`.
 
     Raises:
-        TrainingError: if no learning rate gives a finite loss.
+        TrainingError: if a loss is not finite.
     """
-    start = {name: value.detach().clone() for name, value in parts.denoiser.state_dict().items()}
     texts = Texts(parts, config, Cache(config.data.cache_dir), tuning.steps)
-    losses: dict[str, float] = {}
-    best, seconds = math.inf, 0.0
-    for rate in tuning.rates:
-        parts.denoiser.load_state_dict(start)
-        began = time.monotonic()
-        _train(parts, dataset, texts, tuning, rate, reporter)
-        took = time.monotonic() - began
-        losses[f"{rate:g}"] = judge()
-        if losses[f"{rate:g}"] < best:
-            best, seconds = losses[f"{rate:g}"], took
-            _save(parts, target)
-    if best == math.inf:
-        raise TrainingError(
-            f"full fine-tuning broke down at every learning rate of {list(tuning.rates)}; give lower ones"
-        )
-    return {"seconds": round(seconds, 1), **asdict(tuning), "heldout_by_rate": losses}
+    began = time.monotonic()
+    _train(parts, dataset, texts, tuning, reporter)
+    seconds = time.monotonic() - began
+    state = {name: value.detach().cpu().contiguous() for name, value in parts.denoiser.state_dict().items()}
+    with replacing(target) as temporary:
+        save_file(state, temporary)
+    return {"seconds": round(seconds, 1), **asdict(tuning)}
 
 
-def _train(parts: Parts, dataset: Dataset, texts: Texts, tuning: Tuning, rate: float, reporter: Reporter) -> None:
+def _train(parts: Parts, dataset: Dataset, texts: Texts, tuning: Tuning, reporter: Reporter) -> None:
     parts.denoiser.requires_grad_(True).train()
-    weights = list(parts.denoiser.parameters())
+    weights, rate = list(parts.denoiser.parameters()), tuning.rate
     optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     torch.manual_seed(generator(SETTINGS.seed, "full").initial_seed())
     reporter.begin(f"full fine-tuning at {rate:g}", tuning.steps)
@@ -126,6 +107,8 @@ def _train(parts: Parts, dataset: Dataset, texts: Texts, tuning: Tuning, rate: f
         for group in optimizer.param_groups:
             group["lr"] = rate * factor
         loss = _loss(parts, dataset, texts, tuning, step)
+        if not math.isfinite(loss.item()):
+            raise TrainingError(f"full fine-tuning at {rate:g} broke down at step {step + 1}; give a lower rate")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, SETTINGS.max_grad_norm)
         optimizer.step()
@@ -151,9 +134,3 @@ def _loss(parts: Parts, dataset: Dataset, texts: Texts, tuning: Tuning, step: in
     )
     conditioning = {k: v.to(parts.device) for k, v in texts(batch.examples, step, positions).items()}
     return sample_losses(parts, drawn, conditioning, SETTINGS).mean()
-
-
-def _save(parts: Parts, target: Path) -> None:
-    state = {name: value.detach().cpu().contiguous() for name, value in parts.denoiser.state_dict().items()}
-    with replacing(target) as temporary:
-        save_file(state, temporary)
