@@ -102,7 +102,10 @@ class DataSection(Section):
     """The pictures, their captions and what happens to both."""
 
     images: Path | None = setting(None, "folder of pictures with captions beside them", common=True)
-    trigger: str = setting("", "word put in front of every caption; typing it later calls the style", common=True)
+    trigger: str = setting("", "word put into every caption; typing it later calls the style", common=True)
+    trigger_place: Literal["front", "end"] = setting(
+        "front", 'where: "mystyle, a castle", or "a castle, in my style" with a trigger of three words'
+    )
     resolution: int | None = setting(
         None,
         "side in pixels of a square picture; default: the base's own. Twice the side costs four times the time",
@@ -112,8 +115,8 @@ class DataSection(Section):
     batch_size: int = setting(
         4, "pictures per step; more is smoother and needs more memory", common=True, ge=1, le=1024
     )
-    caption_prefix: str = setting("", "text put in front of every caption, before the trigger word")
-    caption_suffix: str = setting("", "text put behind every caption")
+    caption_prefix: str = setting("", "text put in front of every caption, before a trigger word at its front")
+    caption_suffix: str = setting("", "text put behind every caption, and behind a trigger word at its end")
     caption_dropout: float = setting(
         0.1,
         "share of samples trained without a caption; more makes the style appear without being asked for",

@@ -168,6 +168,8 @@ def _contradictions(config: Config) -> list[str]:
         problems.append('data.num_crops has no effect unless data.crop = "random"')
     if config.data.keep_tags and not config.data.shuffle_tags:
         problems.append("data.keep_tags has no effect unless data.shuffle_tags is on")
+    if config.data.trigger_place != "front" and not config.data.trigger.strip():
+        problems.append("data.trigger_place has no effect without data.trigger")
     if config.optimizer.text_encoder_learning_rate and not config.lora.text_encoder:
         problems.append("optimizer.text_encoder_learning_rate has no effect unless lora.text_encoder is on")
     if config.lora.text_encoder_stop != 1 and not config.lora.text_encoder:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from sdlora.config import DataSection
     from sdlora.data.folder import Example
 
 _CLOSING = ",.;:!?)]}"
@@ -19,6 +20,7 @@ def compose(
     caption: str,
     *,
     trigger: str = "",
+    trigger_place: str = "front",
     prefix: str = "",
     suffix: str = "",
     shuffle: bool = False,
@@ -26,19 +28,20 @@ def compose(
     dropout: float = 0.0,
     rng: torch.Generator,
 ) -> str:
-    """Returns a caption as the text encoder gets it: prefix, trigger, caption, suffix.
+    """Returns a caption as the text encoder gets it: prefix, trigger, caption, suffix; or caption before trigger.
 
-    The order of things: dropout; shuffling of the caption's own comma-separated parts; the trigger word in front, with
-    a comma, unless the caption has it already; prefix and suffix around it, with a space unless punctuation makes it
-    wrong.
+    The order of things: dropout; shuffling of the caption's own comma-separated parts; the trigger word at its place,
+    with a comma, unless the caption has it already; prefix and suffix around it, with a space unless punctuation makes
+    it wrong.
 
     Args:
         caption: as read from the folder; may be empty.
         trigger: word that calls the style; looked for as a whole word, upper and lower case alike.
+        trigger_place: "front" or "end" of the caption.
         prefix: goes before all else.
         suffix: goes behind all else.
         shuffle: whether the comma-separated parts change places.
-        keep: how many leading parts stay. A trigger word that leads the caption stays in any case.
+        keep: how many leading parts stay. A trigger word that the caption has at its place stays in any case.
         dropout: chance, in [0, 1], of an empty caption, trigger word and all: the sample teaches what the model draws
             unasked, which classifier-free guidance subtracts.
         rng: decides; the same state gives the same caption. Advanced by the same amount whether dropped or not.
@@ -46,24 +49,54 @@ def compose(
     Source: the order is sd-scripts' `process_caption`; dropout as in Ho & Salimans 2022, arXiv:2207.12598.
     """
     dropped = float(torch.rand((), generator=rng, dtype=torch.float64)) < dropout
-    text = caption.strip()
+    text, trigger = caption.strip(), trigger.strip()
     if shuffle:
-        text = _shuffled(text, trigger, keep, rng)
+        text = _shuffled(text, trigger, trigger_place, keep, rng)
     if dropped:
         return ""
-    trigger = trigger.strip()
     if trigger and not _has_word(text, trigger):
-        text = f"{trigger}, {text.lstrip(', ')}" if text.strip(", ") else trigger
+        if not text.strip(", "):
+            text = trigger
+        elif trigger_place == "end":
+            text = f"{text.rstrip(' ,.;')}, {trigger}"
+        else:
+            text = f"{trigger}, {text.lstrip(', ')}"
     return _joined(_joined(prefix.strip(), text), suffix.strip())
 
 
-def _shuffled(caption: str, trigger: str, keep: int, rng: torch.Generator) -> str:
+def compose_for(
+    data: DataSection,
+    caption: str,
+    *,
+    shuffle: bool = False,
+    keep: int = 0,
+    dropout: float = 0.0,
+    rng: torch.Generator,
+) -> str:
+    """Composes a caption with the trigger word, prefix and suffix of the settings; see `compose`."""
+    return compose(
+        caption,
+        trigger=data.trigger,
+        trigger_place=data.trigger_place,
+        prefix=data.caption_prefix,
+        suffix=data.caption_suffix,
+        shuffle=shuffle,
+        keep=keep,
+        dropout=dropout,
+        rng=rng,
+    )
+
+
+def _shuffled(caption: str, trigger: str, place: str, keep: int, rng: torch.Generator) -> str:
     parts = split_tags(caption)
-    if parts and trigger.strip() and parts[0].casefold() == trigger.strip().casefold():
+    last: list[str] = []
+    if parts and trigger and place == "end" and parts[-1].casefold() == trigger.casefold():
+        last = [parts.pop()]
+    elif parts and trigger and place == "front" and parts[0].casefold() == trigger.casefold():
         keep = max(1, keep)
     moving = parts[keep:]
     order = torch.randperm(len(moving), generator=rng).tolist()
-    return ", ".join([*parts[:keep], *(moving[i] for i in order)])
+    return ", ".join([*parts[:keep], *(moving[i] for i in order), *last])
 
 
 def split_tags(caption: str) -> list[str]:

@@ -25,7 +25,7 @@ from sdlora.adapters import Lora, merged, strength
 from sdlora.allocator import return_freed_memory
 from sdlora.atomic import replacing
 from sdlora.config import Config
-from sdlora.data.captions import compose
+from sdlora.data.captions import compose_for
 from sdlora.data.folder import Example
 from sdlora.diffusion.noise import generator
 from sdlora.errors import DatasetError, DiskFullError, ModelError
@@ -303,8 +303,5 @@ def sample_prompts(config: Config, examples: Sequence[Example], resolution: int,
 
 
 def _as_trained(text: str, config: Config) -> str:
-    data = config.data
-    whole = compose(
-        text, trigger=data.trigger, prefix=data.caption_prefix, suffix=data.caption_suffix, rng=generator("prompt")
-    )
+    whole = compose_for(config.data, text, rng=generator("prompt"))
     return re.sub(r"\s+", " ", whole)

@@ -8,7 +8,7 @@ import torch
 
 from sdlora.config import Config
 from sdlora.data.cache import Cache
-from sdlora.data.captions import compose
+from sdlora.data.captions import compose_for
 from sdlora.data.folder import Example
 from sdlora.data.text import TextStates
 from sdlora.diffusion.noise import generator
@@ -67,17 +67,7 @@ class Texts:
     def _composed(
         self, example: Example, rng: torch.Generator, shuffle: bool = False, keep: int = 0, dropout: float = 0.0
     ) -> str:
-        data = self.config.data
-        return compose(
-            example.caption,
-            trigger=data.trigger,
-            prefix=data.caption_prefix,
-            suffix=data.caption_suffix,
-            shuffle=shuffle,
-            keep=keep,
-            dropout=dropout,
-            rng=rng,
-        )
+        return compose_for(self.config.data, example.caption, shuffle=shuffle, keep=keep, dropout=dropout, rng=rng)
 
     def overlong(self, examples: Sequence[Example]) -> list[str]:
         """Returns the names of pictures whose caption is longer than the text encoder can read."""

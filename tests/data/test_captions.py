@@ -24,6 +24,15 @@ def made(caption, **options):
         ("mystyle", {"trigger": "mystyle"}, "mystyle"),
         (", cat", {"trigger": "mystyle"}, "mystyle, cat"),
         ("c++ (art)", {"trigger": "(art)"}, "c++ (art)"),
+        ("a cat", {"trigger": "my style", "trigger_place": "end"}, "a cat, my style"),
+        ("A cat. ", {"trigger": "my style", "trigger_place": "end"}, "A cat, my style"),
+        ("a cat in My Style", {"trigger": "my style", "trigger_place": "end"}, "a cat in My Style"),
+        ("", {"trigger": "my style", "trigger_place": "end"}, "my style"),
+        (
+            "a cat",
+            {"trigger": "my style", "trigger_place": "end", "prefix": "drawing,", "suffix": ", on white"},
+            "drawing, a cat, my style, on white",
+        ),
         ("a cat", {"prefix": "a drawing of", "suffix": "on white"}, "a drawing of a cat on white"),
         ("a cat", {"prefix": "drawing,", "suffix": ", on white"}, "drawing, a cat, on white"),
         ("a cat", {"prefix": "a photo of", "trigger": "mystyle"}, "a photo of mystyle, a cat"),
@@ -50,6 +59,13 @@ def test_a_leading_trigger_word_is_not_shuffled_away():
     for seed in range(20):
         text = compose("Mystyle, a, b, c", trigger="mystyle", shuffle=True, rng=generator(seed))
         assert text.startswith("Mystyle, ")
+
+
+def test_a_trigger_word_at_its_end_is_not_shuffled_away():
+    for seed in range(20):
+        options = {"trigger": "my style", "trigger_place": "end", "shuffle": True, "rng": generator(seed)}
+        text = compose("my style, a, b, c, My Style", **options)
+        assert text.endswith(", My Style") and sorted(split_tags(text)) == ["My Style", "a", "b", "c", "my style"]
 
 
 def test_the_generator_alone_decides():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from sdlora.data.captions import compose
+from sdlora.data.captions import compose_for
 from sdlora.data.dataset import Dataset
 from sdlora.diffusion.noise import generator
 from sdlora.families import Parts, load_parts
@@ -76,10 +76,7 @@ def load(experiment: Experiment, folder: Path | None = None, strength: float = 1
 
 def with_trigger(experiment: Experiment, text: str) -> str:
     """Returns a label as captions are composed in training, trigger word and all."""
-    data = experiment.config.data
-    return compose(
-        text, trigger=data.trigger, prefix=data.caption_prefix, suffix=data.caption_suffix, rng=generator("bench")
-    )
+    return compose_for(experiment.config.data, text, rng=generator("bench"))
 
 
 def measure_heldout(experiment: Experiment, parts: Parts, dataset: Dataset) -> list[float]:
