@@ -104,7 +104,7 @@ class DataSection(Section):
     images: Path | None = setting(None, "folder of pictures with captions beside them", common=True)
     trigger: str = setting("", "word put into every caption; typing it later calls the style", common=True)
     trigger_place: Literal["front", "end"] = setting(
-        "front", 'where: "mystyle, a castle", or "a castle, in my style" with a trigger of three words'
+        "front", 'where it stands: "mystyle, a castle" or, with --trigger "my style", "a castle, my style"'
     )
     resolution: int | None = setting(
         None,

@@ -75,6 +75,7 @@ def test_all_problems_are_reported_at_once(tmp_path):
         ({"lora.conv_rank": 4}, 'need lora.targets = "conv"'),
         ({"data.keep_tags": 2}, "no effect unless data.shuffle_tags"),
         ({"data.num_crops": 9}, "no effect unless data.crop"),
+        ({"data.trigger_place": "end"}, "no effect without data.trigger"),
         ({"lora.rank": True}, "lora.rank must not be true"),
         ({"data.images": ""}, "data.images is empty"),
         ({"optimizer.text_encoder_learning_rate": 1e-5}, "no effect unless lora.text_encoder"),

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sdlora.cli.demo import HELD_OUT, demo_config
+from sdlora.cli.demo import HELD_OUT, demo_config, prompt
 from sdlora.training.progress import Reporter
 from sdlora.training.train import train
 from tools.style_bench.judges import Judges
@@ -34,7 +34,7 @@ def in_style(judges: Judges, folder: Path) -> int:
 
 def test_a_lora_teaches_the_style_of_the_examples(tmp_path):
     config = demo_config(tmp_path / "run", 300)
-    prompts = [f"{subject} --d {seed}" for subject in SUBJECTS for seed in SEEDS]
+    prompts = [prompt(subject, seed) for subject in SUBJECTS for seed in SEEDS]
     samples = config.samples.model_copy(update={"sample_prompts": prompts})
     result = train(config.model_copy(update={"samples": samples}), reporter=Reporter())
     assert result.samples

@@ -12,7 +12,9 @@ from sdlora.config import Config
 from sdlora.config_io import load_config
 
 HELD_OUT = ("dog face", "pig face", "alien", "police officer", "ambulance", "cherry blossom", "umbrella", "melon")
-"""Prompts of the grid: subjects that the miniature base knows and that are not among the example pictures."""
+"""Subjects of the grid: the miniature base knows them, and they are not among the example pictures."""
+TRIGGER = "sks style"
+"""Called at a caption's end, for there the miniature base has learned to look for a style; see docs/defaults.md."""
 
 
 def examples_folder() -> Path:
@@ -73,6 +75,11 @@ def save_grid(folder: Path, drawn: Path) -> Path:
     return target
 
 
+def prompt(subject: str, seed: int) -> str:
+    """Returns a prompt as the demo's LoRA was taught, with kohya's option for the seed."""
+    return f"{subject}, {TRIGGER} --d {seed}"
+
+
 def demo_config(output: Path | None, steps: int) -> Config:
     """Returns the settings of the demo."""
     if output is None:
@@ -82,10 +89,12 @@ def demo_config(output: Path | None, steps: int) -> Config:
     flags = {
         "base.model": "nano",
         "data.images": examples_folder(),
+        "data.trigger": TRIGGER,
+        "data.trigger_place": "end",
         "output.output": output,
         "output.name": "demo",
         "train.steps": steps,
-        "samples.sample_prompts": [f"{subject} --d 5" for subject in HELD_OUT],
+        "samples.sample_prompts": [prompt(subject, 5) for subject in HELD_OUT],
         "samples.sample_every": 10**6,  # at the end only
     }
     return load_config(None, flags)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sdlora.data.captions import compose, split_tags, tag_frequency
+from sdlora.config import DataSection
+from sdlora.data.captions import compose, compose_for, split_tags, tag_frequency
 from sdlora.data.folder import Example
 from sdlora.diffusion.noise import generator
 
@@ -45,6 +46,16 @@ def made(caption, **options):
 )
 def test_composition(caption, options, expected):
     assert made(caption, **options) == expected
+
+
+def test_the_settings_say_what_surrounds_a_caption():
+    data = DataSection(trigger="my style", trigger_place="end", caption_prefix="drawing,", caption_suffix=", on white")
+    assert compose_for(data, "a cat", rng=generator(0)) == "drawing, a cat, my style, on white"
+    assert compose_for(data, "a cat", dropout=1.0, rng=generator(0)) == ""
+    words = {"trigger": "my style", "trigger_place": "end", "prefix": "drawing,", "suffix": ", on white"}
+    use = {"shuffle": True, "keep": 1}
+    expected = compose("a, b, c, d, e, f", **words, **use, rng=generator(3))
+    assert compose_for(data, "a, b, c, d, e, f", **use, rng=generator(3)) == expected
 
 
 def test_shuffling_keeps_the_leading_parts_and_loses_none():
