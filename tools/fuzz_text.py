@@ -80,7 +80,8 @@ def captions(folder: Path) -> Callable[..., None]:
 
 def _composed(caption: str, trigger: str) -> str:
     rng = torch.Generator().manual_seed(0)
-    return compose(caption, trigger=trigger, prefix=trigger, shuffle=True, keep=1, dropout=0.5, rng=rng)
+    front = compose(caption, trigger=trigger, prefix=trigger, shuffle=True, keep=1, dropout=0.5, rng=rng)
+    return front + compose(caption, trigger=trigger, trigger_place="end", suffix=trigger, shuffle=True, rng=rng)
 
 
 def prompts(folder: Path) -> Callable[..., None]:

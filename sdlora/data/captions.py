@@ -55,12 +55,10 @@ def compose(
     if dropped:
         return ""
     if trigger and not _has_word(text, trigger):
-        if not text.strip(", "):
-            text = trigger
-        elif trigger_place == "end":
-            text = f"{text.rstrip(' ,.;')}, {trigger}"
+        if trigger_place == "end":
+            text = ", ".join(filter(None, (text.rstrip(" ,.;"), trigger)))
         else:
-            text = f"{trigger}, {text.lstrip(', ')}"
+            text = ", ".join(filter(None, (trigger, text.lstrip(", "))))
     return _joined(_joined(prefix.strip(), text), suffix.strip())
 
 

@@ -29,6 +29,8 @@ def made(caption, **options):
         ("A cat. ", {"trigger": "my style", "trigger_place": "end"}, "A cat, my style"),
         ("a cat in My Style", {"trigger": "my style", "trigger_place": "end"}, "a cat in My Style"),
         ("", {"trigger": "my style", "trigger_place": "end"}, "my style"),
+        (" ,.", {"trigger": "my style", "trigger_place": "end"}, "my style"),
+        (" ,", {"trigger": "mystyle"}, "mystyle"),
         (
             "a cat",
             {"trigger": "my style", "trigger_place": "end", "prefix": "drawing,", "suffix": ", on white"},
