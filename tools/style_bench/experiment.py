@@ -74,8 +74,8 @@ class Experiment:
     def plain_config(self) -> Config:
         """The settings that the references and the held-out loss share with the LoRA: how captions are made."""
         data = self.config.data
-        kept = ("trigger", "trigger_place", "caption_prefix", "caption_suffix", "caption_dropout")
-        kept += ("resolution", "cache_dir")
+        captions = ("trigger", "trigger_place", "caption_prefix", "caption_suffix", "caption_dropout")
+        kept = (*captions, "resolution", "cache_dir")
         plain = DataSection(**{name: getattr(data, name) for name in kept})
         return Config(base=self.config.base, data=plain)
 

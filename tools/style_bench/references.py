@@ -107,13 +107,14 @@ def _train(parts: Parts, dataset: Dataset, texts: Texts, tuning: Tuning, reporte
         for group in optimizer.param_groups:
             group["lr"] = rate * factor
         loss = _loss(parts, dataset, texts, tuning, step)
-        if not math.isfinite(loss.item()):
+        value = loss.item()
+        if not math.isfinite(value):
             raise TrainingError(f"full fine-tuning at {rate:g} broke down at step {step + 1}; give a lower rate")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, SETTINGS.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        reporter.advance(f"loss {loss.item():.3f}")
+        reporter.advance(f"loss {value:.3f}")
     reporter.end()
     parts.denoiser.requires_grad_(False).eval()
 
