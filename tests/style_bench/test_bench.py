@@ -19,7 +19,7 @@ from sdlora.errors import ConfigError
 from sdlora.families import Base
 from tools.pretrain_nano.sources import BASE_STYLES, STYLES
 from tools.style_bench import __main__ as bench
-from tools.style_bench import draw, experiment, heldout, options, protocol, references
+from tools.style_bench import draw, experiment, heldout, methods, options, protocol, references
 from tools.style_bench.gates import Gates
 from tools.style_bench.panel import Panel
 from tools.style_bench.report import warning
@@ -269,6 +269,17 @@ def test_what_decides_a_picture_is_in_its_key(emoji, tiny_base, monkeypatch):
     steps = keys("--full-steps", "3")
     assert steps["full"] != plain["full"] and steps["oracle"] == plain["oracle"]
     assert isinstance(made().base, Base)
+
+
+def test_captions_are_of_the_form_that_the_base_has_learned(emoji, tiny_base):
+    def asked(*more):
+        parsed = options.parse(["--data", str(emoji), "--base", str(tiny_base), *more])
+        return methods.with_trigger(bench._experiment(parsed), "castle")
+
+    assert asked() == "castle, sks style"
+    assert asked("--set", "data.trigger_place=front") == "sks style, castle"
+    assert asked("--set", "data.trigger=ohwx") == "ohwx, castle"  # as `sdlora train` does with these settings
+    assert asked("--set", "data.trigger=ohwx", "--set", "data.trigger_place=end") == "castle, ohwx"
 
 
 def test_judges_are_asked_once_and_not_believed_if_they_fail(tmp_path, monkeypatch):

@@ -29,8 +29,9 @@ from tools.style_bench.references import FULL, ORACLE, Tuning
 from tools.style_bench.report import REAL, write_report, write_sheet
 from tools.style_bench.sweep import UNCHANGED, variants, write_sweep
 
-TRIGGER = "sks"
-"""Put before every caption unless the settings say otherwise, so that the leak without it can be measured."""
+TRIGGER, TRIGGER_PLACE = "sks style", "end"
+"""What every caption gets, and where, unless the settings say otherwise: "castle, sks style", as the base's own
+captions are made (`tools/pretrain_nano/captions.py`); what it is for is measured by the leak without it."""
 QUICK_STEPS = 250
 """Training steps of `--quick`, unless the settings say otherwise."""
 NEEDED = ("base", "own")
@@ -197,7 +198,8 @@ def _config(options: argparse.Namespace, more: Sequence[str]) -> Config:
     if config.base.model == "auto":
         config = _with(config, "base", model="nano")
     if "trigger" not in config.data.model_fields_set:
-        config = _with(config, "data", trigger=TRIGGER)
+        place = {} if "trigger_place" in config.data.model_fields_set else {"trigger_place": TRIGGER_PLACE}
+        config = _with(config, "data", trigger=TRIGGER, **place)
     if options.quick and config.train.steps is None and config.train.epochs is None:
         config = _with(config, "train", steps=QUICK_STEPS)
     return config
