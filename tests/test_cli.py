@@ -166,11 +166,21 @@ def test_a_run_stopped_in_the_middle_says_how_to_go_on(capsys, workplace):
     assert "Resumed at step 1 of 2" in output
 
 
+def test_training_ends_with_the_line_that_asks_as_it_was_taught(capsys, workplace):
+    called = ("--trigger", "shiny", "--trigger-place", "end")
+    code, output, _ = run(capsys, "train", "--images", "datasets_example", *SHORT, "--output", "my run", *called)
+    assert code == 0
+    said, words = output.splitlines()[-1].split(": ", 1)
+    assert said == "Draw" and words.endswith(" 'a castle, shiny'")
+    assert run(capsys, *shlex.split(words)[1:], "--steps", "2")[0] == 0
+
+
 def test_demo_leaves_a_grid(capsys, workplace):
     code, output, _ = run(capsys, "demo", "--steps", "1")
     assert code == 0
     grid = Path("runs/demo/grid.png")
     assert str(grid) in output
+    assert "'a castle, sks style'" in output
     with Image.open(grid) as image:
         assert image.height > 8 * 128
     assert (workplace / "runs" / "demo" / "demo.safetensors").is_file()

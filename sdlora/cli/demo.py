@@ -39,8 +39,9 @@ def command(output: Path | None, steps: int) -> None:
     from sdlora.training.progress import duration, terminal_reporter
     from sdlora.training.train import train
 
-    result = train(demo_config(output, steps), reporter=terminal_reporter())
-    click.echo(describe(result))
+    config = demo_config(output, steps)
+    result = train(config, reporter=terminal_reporter())
+    click.echo(describe(result, config))
     if result.samples:
         sheet = save_grid(result.folder, result.samples.with_suffix(""))
         click.echo(f"\nOther subjects, without and with the LoRA, beside some of the pictures it learned from: {sheet}")

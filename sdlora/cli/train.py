@@ -13,6 +13,7 @@ import click
 from sdlora.cli.options import all_help, given, setting_options
 from sdlora.cli.processes import is_one_of_several, start, started_here, stop_with_parent, this_command
 from sdlora.cli.startup import import_models
+from sdlora.config import Config
 from sdlora.config_io import load_config
 
 
@@ -72,7 +73,7 @@ def command(
     with world.one_voice():
         result = train(config, resume=run, reporter=terminal_reporter(), world=world)
         if world.is_first:
-            click.echo(describe(result))
+            click.echo(describe(result, config))
         world.leave()
     if result.interrupted:
         sys.exit(130)
@@ -81,8 +82,10 @@ def command(
 command.params = [*setting_options(), *command.params]
 
 
-def describe(result: Any) -> str:
-    """Says what a run left behind and what to do next."""
+def describe(result: Any, config: Config) -> str:
+    """Says what a run left behind and what to do next; the prompt that it proposes is made as the captions were."""
+    from sdlora.data.captions import compose_for
+    from sdlora.diffusion.noise import generator
     from sdlora.training.progress import duration
 
     lines = []
@@ -100,5 +103,6 @@ def describe(result: Any) -> str:
     if result.finished and overview.exists():
         lines.append(f"Samples, without and with it: {overview}")
     if result.finished:
-        lines.append(f'Draw: sdlora sample --lora {shlex.quote(str(result.lora))} "a castle"')
+        prompt = compose_for(config.data, "a castle", rng=generator("prompt"))
+        lines.append(f"Draw: sdlora sample --lora {shlex.quote(str(result.lora))} {shlex.quote(prompt)}")
     return "\n".join(lines)
