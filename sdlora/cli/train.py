@@ -84,8 +84,7 @@ command.params = [*setting_options(), *command.params]
 
 def describe(result: Any, config: Config) -> str:
     """Says what a run left behind and what to do next; the prompt that it proposes is made as the captions were."""
-    from sdlora.data.captions import compose_for
-    from sdlora.diffusion.noise import generator
+    from sdlora.training.previews import as_trained
     from sdlora.training.progress import duration
 
     lines = []
@@ -103,6 +102,6 @@ def describe(result: Any, config: Config) -> str:
     if result.finished and overview.exists():
         lines.append(f"Samples, without and with it: {overview}")
     if result.finished:
-        prompt = compose_for(config.data, "a castle", rng=generator("prompt"))
+        prompt = as_trained("a castle", config)
         lines.append(f"Draw: sdlora sample --lora {shlex.quote(str(result.lora))} {shlex.quote(prompt)}")
     return "\n".join(lines)

@@ -281,7 +281,7 @@ def sample_prompts(config: Config, examples: Sequence[Example], resolution: int,
         captions = [e.caption for e in examples if e.caption]
         chosen = dict.fromkeys([*captions[:1], *captions[len(captions) // 2 :][:1], *GENERAL_SUBJECTS])
         # Not through parse_prompt: a caption may hold " --".
-        prompts = [Prompt(text=_as_trained(text, config)) for text in chosen]
+        prompts = [Prompt(text=as_trained(text, config)) for text in chosen]
     if not prompts:
         raise DatasetError("samples.sample_prompts is an empty list; give prompts, or samples.sample_every = 0")
     defaults = Prompt(
@@ -302,6 +302,7 @@ def sample_prompts(config: Config, examples: Sequence[Example], resolution: int,
     ]
 
 
-def _as_trained(text: str, config: Config) -> str:
+def as_trained(text: str, config: Config) -> str:
+    """Returns a prompt as the captions are composed, trigger word and all, in one line."""
     whole = compose_for(config.data, text, rng=generator("prompt"))
     return re.sub(r"\s+", " ", whole)
